@@ -1,0 +1,207 @@
+"""The words of the guard: what is read, what is found, what is decided.
+
+Validators find; rules bind a finding to an action; a verdict is a value, never an exception.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Literal, Protocol, runtime_checkable
+
+Role = Literal["system", "developer", "user", "assistant", "tool"]
+Scope = Literal["last_user", "user", "all"]
+Stage = Literal["input", "output"]
+Mode = Literal["enforce", "shadow"]
+Priority = Literal["low", "normal", "high", "urgent"]
+
+
+class Action(IntEnum):
+    """What a rule does when it fires, from mildest to strictest; verdicts combine by `max`."""
+
+    ALLOW = 0
+    APPEND = 1
+    REDACT = 2
+    REFUSE = 3
+    ESCALATE = 4
+
+    @property
+    def stops(self) -> bool:
+        """True when the text itself is not delivered."""
+        return self >= Action.REFUSE
+
+    @property
+    def word(self) -> str:
+        """The action as it is written in TOML, columns, metrics and headers."""
+        return self.name.lower()
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One utterance of a conversation."""
+
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a validator saw and where: `text[start:end]`, in code points; `score` in 0..1."""
+
+    label: str
+    start: int
+    end: int
+    score: float = 1.0
+    note: str = ""
+
+
+class Grader(Protocol):
+    """A model that can be asked a yes/no question."""
+
+    async def probability(self, messages: Sequence[Message]) -> float:
+        """P(yes) / (P(yes) + P(no)) for the first token of the reply to `messages`, in 0..1."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a validator may know beside the text: the conversation so far and a model to ask."""
+
+    messages: tuple[Message, ...] = ()
+    grader: Grader | None = None
+
+
+@runtime_checkable
+class Validator(Protocol):
+    """The seam for one's own checks: reads a whole text and returns what it found.
+
+    A validator that can also judge a text while it grows is a `StreamValidator`; a plain one makes a stream
+    wait for the whole reply.
+    """
+
+    async def find(self, text: str, context: Context) -> Sequence[Finding]:
+        """The findings in `text`; raising makes the rule's `if_broken` decide."""
+        ...
+
+
+class Reading(Protocol):
+    """One validator's progress through one growing text."""
+
+    def read(self, text: str, final: bool) -> tuple[Sequence[Finding], int]:
+        """(new certain findings, settled): whatever comes after `text`, every finding that starts before
+        `settled` has been returned by now, with its true end. `text` only ever grows; `final` says that it ends
+        here, and then `settled == len(text)`. Findings that were returned once are not returned again.
+        """
+        ...
+
+
+@runtime_checkable
+class StreamValidator(Validator, Protocol):
+    """A validator that says how much of a growing text it has finished judging."""
+
+    def readings(self) -> Sequence[Reading]:
+        """Fresh readings for one text; their findings together are what `find` returns."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A validator bound to an action.
+
+    threshold: findings that score below it are ignored. reply: what is said instead (refuse, escalate) or added
+    (append). placeholder: what a redacted span becomes; empty means `[LABEL]`. route: the escalation route's name.
+    if_broken: what happens when the validator raises or is slower than `budget` seconds.
+    """
+
+    name: str
+    validator: Validator
+    action: Action
+    reply: str = ""
+    scope: Scope = "last_user"
+    threshold: float = 0.5
+    placeholder: str = ""
+    route: str = ""
+    if_broken: Action = Action.REFUSE
+    mode: Mode = "enforce"
+    budget: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A rule that fired (or broke) and what it saw; never the text itself."""
+
+    rule: str
+    action: Action
+    mode: Mode
+    findings: tuple[Finding, ...] = ()
+    broken: str = ""
+    message: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What may be said instead, and why.
+
+    text: what may be delivered, whole (for a stop: the reply alone). kept: the part of the draft that a stream
+    has shown before a stop. rule: the name of the rule that decided, empty for a plain allow.
+    """
+
+    action: Action
+    text: str
+    kept: str = ""
+    rule: str = ""
+    route: str = ""
+    hits: tuple[Hit, ...] = ()
+
+    @property
+    def streamed(self) -> str:
+        """The text that a streaming client has seen at the end, the same for any chunking."""
+        if not self.action.stops:
+            return self.text
+        return f"{self.kept}\n\n{self.text}" if self.kept else self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where an escalated turn goes: a queue of people, how urgent, and within how many seconds."""
+
+    name: str
+    queue: str
+    priority: Priority
+    due: float
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A sentence that the policy must treat as `expect` says; `rule` names the rule that must decide."""
+
+    stage: Stage
+    text: str
+    expect: Action
+    rule: str = ""
+    becomes: str = ""
+    line: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What may be said here. `version` is the hash of its resolved content; `source` is the TOML as written."""
+
+    name: str
+    version: str
+    persona: str
+    input: tuple[Rule, ...]
+    output: tuple[Rule, ...]
+    routes: Mapping[str, Route] = field(default_factory=dict)
+    examples: tuple[Example, ...] = ()
+    source: str = ""
+
+    @property
+    def id(self) -> str:
+        """`name@version`, as headers, columns and metrics carry it."""
+        return f"{self.name}@{self.version}"
+
+
+BROKEN_REPLY = "This message could not be checked, so it was not answered. Please try again in a moment."
+"""Said when a rule broke and its `if_broken` stops the turn, whatever the rule's own reply is."""

@@ -118,7 +118,7 @@ class Rule:
     validator: Validator
     action: Action
     reply: str = ""
-    scope: Scope = "last_user"
+    scope: Scope = "all"
     threshold: float = 0.5
     placeholder: str = ""
     route: str = ""

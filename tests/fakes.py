@@ -224,10 +224,10 @@ def _completion(seen: Seen, script: Script, **choice: Any) -> Json:
 
 
 def _graded(seen: Seen, yes: float) -> Json:
-    tokens = [{"token": "Yes", "logprob": _log(yes)}, {"token": "No", "logprob": _log(1.0 - yes)}]
-    tokens.sort(key=lambda token: -token["logprob"])
-    content = [tokens[0] | {"bytes": None, "top_logprobs": tokens}]
-    script = Script([tokens[0]["token"]], finish_reason="length")
+    words = [("Yes", yes), ("No", 1.0 - yes)] if yes >= 0.5 else [("No", 1.0 - yes), ("Yes", yes)]
+    tokens = [{"token": word, "logprob": _log(chance), "bytes": None} for word, chance in words]
+    content = [tokens[0] | {"top_logprobs": tokens}]
+    script = Script([words[0][0]], finish_reason="length")
     return _completion(seen, script, logprobs={"content": content})
 
 

@@ -101,7 +101,7 @@ class _Reader:
     async def find(self, text: str, context: Context) -> list[Finding]:
         """The findings in the whole text, within the rule's budget."""
         self.findings, self.broken = await _find(self.rule, text, context)
-        self.settled = len(text)
+        self.settled = 0 if self.broken else len(text)
         return self.findings
 
     def stop(self, findings: Iterable[Finding]) -> list[_Stop]:
@@ -234,14 +234,17 @@ def _delivered(text: str, hits: tuple[Hit, ...], rules: Sequence[Rule]) -> Verdi
     action = max(enforced.values(), default=Action.ALLOW)
     decider = next((name for name, its in enforced.items() if its is action), "")
     lines = dict.fromkeys(rule.reply for rule in rules if enforced.get(rule.name) is Action.APPEND)
-    return Verdict(action, "\n\n".join([text, *lines]), rule=decider, hits=hits)
+    return Verdict(action, "\n\n".join(filter(None, [text, *lines])), text, decider, hits=hits)
 
 
 async def _find(rule: Rule, text: str, context: Context) -> tuple[list[Finding], str]:
     """(findings at or above the threshold, the kind of error or empty)."""
     try:
-        async with asyncio.timeout(rule.budget):
+        if isinstance(rule.validator, StreamValidator):
             findings = await rule.validator.find(text, context)
+        else:
+            async with asyncio.timeout(rule.budget):
+                findings = await rule.validator.find(text, context)
     except Exception as error:
         return [], type(error).__name__
     return [finding for finding in findings if finding.score >= rule.threshold], ""
@@ -270,13 +273,9 @@ async def stream(
     piece, verdict = await guard.finish()
     if piece:
         yield piece
-    if closing := verdict.streamed[len(verdict.kept) if verdict.action.stops else _body(guard) :]:
+    if closing := verdict.closing:
         yield closing
     yield verdict
-
-
-def _body(guard: Guard) -> int:
-    return sum(map(len, guard._kept))
 
 
 def _in_scope(scope: Scope, messages: Sequence[Message]) -> list[int]:
@@ -305,7 +304,7 @@ async def judge_messages(
         places = [i for i in _in_scope(rule.scope, messages) if i not in settled]
         if rule.action is not Action.REDACT:
             places = [i for i in places if i >= trusted]
-        results = await asyncio.gather(*(_find(rule, messages[i].content, context) for i in places))
+        results = [await _find(rule, messages[i].content, context) for i in places]
         for i, (findings, broken) in zip(places, results, strict=True):
             if findings or broken:
                 hits.append(Hit(rule.name, rule.if_broken if broken else rule.action, rule.mode, tuple(findings), broken, i))

@@ -47,12 +47,13 @@ def open_ended(pattern: str) -> str:
 
 class Span:
     """A compiled pattern with a label: `accept` may turn a match down (a checksum), `group` narrows what is found.
+    A match that was turned down hides nothing that starts after it.
 
     Patterns are read with MULTILINE (`^` and `$` are line ends: the end of a growing text is not known). Raises
     PatternError for a pattern that does not compile or that matches the empty text.
     """
 
-    __slots__ = ("_live", "_pattern", "accept", "group", "label", "score")
+    __slots__ = ("_live", "_pattern", "accept", "group", "label", "pattern", "score")
 
     def __init__(self, label: str, pattern: str, accept: Accept | None = None, score: float = 1.0, group: str = ""):
         try:
@@ -60,9 +61,9 @@ class Span:
             self._live = regex.compile(f"(?:{open_ended(pattern)})(?s:.)(?!)", regex.MULTILINE)
         except regex.error as error:
             raise PatternError(f"not a valid regular expression: {error}") from None
-        if self._pattern.search("") or any(not match.group() for match in self._pattern.finditer("a b\n1")):
+        if any(not match.group() for match in self._pattern.finditer("a b\n1")):
             raise PatternError("the pattern matches the empty text, so it would fire everywhere")
-        self.label, self.accept, self.score, self.group = label, accept, score, group
+        self.label, self.pattern, self.accept, self.score, self.group = label, pattern, accept, score, group
 
     def live(self, text: str, start: int) -> int:
         """The first place at or after `start` where this pattern could still match if more text came."""
@@ -76,9 +77,10 @@ class Span:
             if match.start() >= settled:
                 break
             first, last = match.span(self.group) if self.group else match.span()
-            if self.accept is None or self.accept(text[first:last]):
+            accepted = self.accept is None or self.accept(text[first:last])
+            if accepted:
                 found.append(Finding(self.label, first, last, self.score))
-            start = max(match.end(), match.start() + 1)
+            start = max(match.end() if accepted else 0, match.start() + 1)
         return found, max(start, settled)
 
 

@@ -143,8 +143,8 @@ class Hit:
 class Verdict:
     """What may be said instead, and why.
 
-    text: what may be delivered, whole (for a stop: the reply alone). kept: the part of the draft that a stream
-    has shown before a stop. rule: the name of the rule that decided, empty for a plain allow.
+    text: what may be delivered, whole (for a stop: the reply alone). kept: the part of the draft, redacted, that a
+    stream has released. rule: the name of the rule that decided, empty for a plain allow.
     """
 
     action: Action
@@ -160,6 +160,11 @@ class Verdict:
         if not self.action.stops:
             return self.text
         return f"{self.kept}\n\n{self.text}" if self.kept else self.text
+
+    @property
+    def closing(self) -> str:
+        """What a stream adds after `kept`: the appended lines, or the reply that stands for the rest."""
+        return self.streamed[len(self.kept) :]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from guardrails.types import Hit, Message, Priority, Verdict
 WhenStoreFails = Literal["refuse", "answer"]
 KeyScope = Literal["client", "admin"]
 TicketState = Literal["open", "answered", "closed"]
+DeliveryState = Literal["pending", "sent", "dead"]
 FeedbackKind = Literal["rating", "comment", "correction", "choice", "should_have_helped", "should_have_refused"]
 
 
@@ -143,9 +144,12 @@ class PolicyVersion:
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A webhook message that waits to be sent."""
+    """A webhook message in the outbox; error says why the last attempt failed (a status or a kind of error)."""
 
     id: str
     kind: str
     body: dict[str, Any]
     attempts: int = 0
+    state: DeliveryState = "pending"
+    error: str = ""
+    next_at: datetime = field(default_factory=now)

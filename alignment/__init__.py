@@ -1,0 +1,1 @@
+"""How the model gets better: records from production, training, scoring and releases."""

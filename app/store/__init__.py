@@ -1,0 +1,19 @@
+"""What is kept: tenants, keys, turns with every verdict, tickets, feedback, policy versions, the webhook outbox, audit."""
+
+from app.store.audit import AuditEntry
+from app.store.database import migrate
+from app.store.errors import Conflict, NotFound, SpillFull, StoreDown, StoreError
+from app.store.spill import Replayed
+from app.store.store import Store
+
+__all__ = [
+    "AuditEntry",
+    "Conflict",
+    "NotFound",
+    "Replayed",
+    "SpillFull",
+    "Store",
+    "StoreDown",
+    "StoreError",
+    "migrate",
+]

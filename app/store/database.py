@@ -1,0 +1,201 @@
+"""The connection to SQLite or PostgreSQL: engines, transactions, migrations, and drivers' errors in our words."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar
+
+from alembic.config import Config
+from alembic.runtime.environment import EnvironmentContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Table, event, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from app.store.errors import Conflict, StoreDown, StoreError
+
+T = TypeVar("T")
+Work = Callable[[AsyncConnection], Awaitable[T]]
+MIGRATIONS = Path(__file__).with_name("migrations")
+BUSY_SECONDS = 5.0
+"""How long SQLite waits for another process's lock, and a PostgreSQL connection for the server."""
+PATIENCE = 10.0
+"""Seconds that one transaction may take before the database counts as down."""
+MIGRATION_LOCK = 0x6E6577656C  # "newel"
+_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg"}
+
+
+def database_url(url: str) -> URL:
+    """`url` with its async driver; raises ValueError for what the store does not speak."""
+    parsed = make_url(url)
+    parsed = parsed.set(drivername=_DRIVERS.get(parsed.drivername, parsed.drivername))
+    if parsed.drivername not in _DRIVERS.values():
+        raise ValueError(f"the database {parsed.drivername!r} is not known: use sqlite+aiosqlite or postgresql+psycopg")
+    if parsed.drivername == "sqlite+aiosqlite" and parsed.database in (None, "", ":memory:"):
+        raise ValueError("an SQLite database in memory would lose every turn: name a file, sqlite+aiosqlite:///newel.db")
+    return parsed
+
+
+def connect(url: URL, busy: float = BUSY_SECONDS) -> AsyncEngine:
+    """An engine for `url`; on SQLite its transactions start as the execution option `newel_begin` says."""
+    if url.drivername != "sqlite+aiosqlite":
+        wait = {"connect_timeout": int(BUSY_SECONDS)}
+        return create_async_engine(
+            url, hide_parameters=True, pool_pre_ping=True, pool_timeout=PATIENCE, pool_size=10, connect_args=wait
+        )
+    engine = create_async_engine(url, hide_parameters=True, pool_timeout=PATIENCE, connect_args={"timeout": busy})
+    event.listen(engine.sync_engine, "connect", _prepare_sqlite)
+    event.listen(engine.sync_engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: DBAPIConnection, record: object) -> None:
+    connection.isolation_level = None  # sqlite3 begins no transaction of its own: `_begin_sqlite` does
+    cursor = connection.cursor()
+    for pragma in ("foreign_keys=ON", "synchronous=NORMAL"):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # A transaction that reads first and writes later cannot wait for a lock: a writer says so at once.
+    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get('newel_begin', 'DEFERRED')}")
+
+
+def _cause(error: BaseException) -> str:
+    """The kind of `error` and its first line, for errors whose text comes from the database's own machinery."""
+    origin = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
+    return f"{type(origin).__name__}: {str(origin).strip().partition(chr(10))[0]}"
+
+
+@contextmanager
+def our_errors() -> Iterator[None]:
+    """Drivers' errors become StoreError, Conflict or StoreDown; messages never carry values."""
+    try:
+        yield
+    except IntegrityError as error:
+        raise Conflict(f"the database keeps this unique or tied to a row that is not there ({_name(error)})") from None
+    except DataError as error:
+        raise StoreError(f"the database cannot hold this value ({_name(error)})") from None
+    except DBAPIError as error:
+        if str(getattr(error.orig, "sqlstate", None)).startswith("54"):
+            raise StoreError(f"a value is too large for the database ({_name(error)})") from None
+        raise StoreDown(f"the database cannot be used now ({_cause(error)})") from error
+    except PoolTimeout as error:
+        raise StoreDown(f"every connection to the database is busy ({PATIENCE:g} s waited)") from error
+    except TimeoutError as error:
+        raise StoreDown(f"the database did not answer within {PATIENCE:g} s") from error
+    except OSError as error:
+        raise StoreDown(f"the database cannot be reached ({_cause(error)})") from error
+
+
+def _name(error: DBAPIError) -> str:
+    constraint = getattr(getattr(error.orig, "diag", None), "constraint_name", None)
+    return constraint or type(error.orig).__name__
+
+
+class Database:
+    """A pool of connections to one database; every call is one transaction, rolled back when it is cancelled."""
+
+    __slots__ = ("_engine", "_turnstile", "_writer")
+
+    def __init__(self, url: URL):
+        self._engine = connect(url)
+        self._writer = self._engine.execution_options(newel_begin="IMMEDIATE")
+        # SQLite has one writer: waiting in line here is fair and costs no thread, its own busy loop neither
+        self._turnstile = asyncio.Lock() if url.drivername == "sqlite+aiosqlite" else nullcontext()
+
+    async def read(self, work: Work[T]) -> T:
+        """What `work` returns, read in one transaction; raises StoreDown."""
+        with our_errors():
+            async with asyncio.timeout(PATIENCE), self._engine.begin() as connection:
+                return await work(connection)
+
+    async def write(self, work: Work[T]) -> T:
+        """What `work` returns, when all that it wrote is committed; raises StoreDown, Conflict, StoreError."""
+        with our_errors():
+            async with asyncio.timeout(PATIENCE), self._turnstile, self._writer.begin() as connection:
+                return await work(connection)
+
+    async def close(self) -> None:
+        """Closes every connection."""
+        await self._engine.dispose()
+
+
+async def insert_new(connection: AsyncConnection, table: Table, rows: Sequence[dict[str, Any]]) -> int:
+    """How many of `rows` were inserted; those whose key is there already stay as they are."""
+    if not rows:
+        return 0
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    return (await connection.execute(insert(table).values(list(rows)).on_conflict_do_nothing())).rowcount
+
+
+async def upsert(connection: AsyncConnection, table: Table, row: dict[str, Any], *changes: str) -> None:
+    """Inserts `row`, or sets the columns `changes` of the row with the same primary key."""
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    statement = insert(table).values(row)
+    new = {name: statement.excluded[name] for name in changes}
+    await connection.execute(statement.on_conflict_do_update(index_elements=list(table.primary_key), set_=new))
+
+
+async def migrate(url: str) -> None:
+    """Brings the database at `url` to this version's tables, making an SQLite file (0600) where there is none.
+
+    Any number of processes may call it at once: one works, the others wait. Raises StoreDown.
+    """
+    parsed = database_url(url)
+    engine = connect(parsed, busy=600.0)
+    with our_errors():
+        try:
+            async with _alone(parsed), engine.execution_options(newel_begin="IMMEDIATE").begin() as connection:
+                if connection.dialect.name == "postgresql":
+                    await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
+                await connection.run_sync(_upgrade)
+        finally:
+            await engine.dispose()
+
+
+@asynccontextmanager
+async def _alone(url: URL) -> AsyncIterator[None]:
+    """On SQLite: the file exists, nobody else migrates it, and it keeps a write-ahead log."""
+    if url.drivername != "sqlite+aiosqlite":
+        yield
+        return
+    path = Path(str(url.database))
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    lock = os.open(path.with_name(f"{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        await asyncio.to_thread(fcntl.flock, lock, fcntl.LOCK_EX)
+        await _write_ahead(url)
+        yield
+    finally:
+        os.close(lock)
+
+
+async def _write_ahead(url: URL) -> None:
+    engine = connect(url).execution_options(isolation_level="AUTOCOMMIT")
+    try:
+        async with engine.connect() as connection:
+            await connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # kept in the file; not allowed in a transaction
+    finally:
+        await engine.dispose()
+
+
+def _upgrade(connection: Connection) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.set_main_option("path_separator", "os")
+    script = ScriptDirectory.from_config(config)
+    with EnvironmentContext(config, script, fn=lambda revision, _: script._upgrade_revs("head", revision)) as run:
+        run.configure(connection=connection)
+        run.run_migrations()

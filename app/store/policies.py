@@ -1,0 +1,52 @@
+"""Policy versions as they were written, and which one of each name is active."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from sqlalchemy import select, update
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from app.records import PolicyVersion, now
+from app.store import audit, tables
+from app.store.database import insert_new
+from app.store.errors import NotFound
+
+_POLICY = [tables.policies.c[field.name] for field in fields(PolicyVersion)]
+
+
+async def put(connection: AsyncConnection, name: str, source: str, version: str, by: str) -> PolicyVersion:
+    """The version as stored, not active yet; one that is there already stays as it is."""
+    row = {"name": name, "version": version, "source": source, "active": False, "created_at": now(), "created_by": by}
+    if await insert_new(connection, tables.policies, [row]):
+        await audit.write(connection, by, "policy.put", f"{name}@{version}", {})
+    return next(stored for stored in await versions(connection, name) if stored.version == version)
+
+
+async def activate(connection: AsyncConnection, name: str, version: str, by: str) -> PolicyVersion:
+    """The version, now the active one of its name; raises NotFound. Going back to an older one is a rollback."""
+    table = tables.policies
+    rows = await connection.execute(select(*_POLICY).where(table.c.name == name).with_for_update())
+    stored = {row["version"]: PolicyVersion(**row) for row in rows.mappings()}
+    if version not in stored:
+        raise NotFound(f"there is no version {version!r} of policy {name!r}: put it first")
+    chosen, current = stored[version], next((policy for policy in stored.values() if policy.active), None)
+    if current == chosen:
+        return chosen
+    await connection.execute(update(table).where(table.c.name == name, table.c.active).values(active=False))
+    await connection.execute(
+        update(table).where(table.c.name == name, table.c.version == version).values(active=True)
+    )
+    back = current is not None and chosen.created_at < current.created_at
+    detail = {"before": current.version if current else ""}
+    await audit.write(connection, by, "policy.rollback" if back else "policy.activate", f"{name}@{version}", detail)
+    return next(policy for policy in await versions(connection, name) if policy.active)
+
+
+async def versions(connection: AsyncConnection, name: str | None = None, active: bool = False) -> list[PolicyVersion]:
+    """The versions of one policy or of all, by name and newest first; with `active` only those in force."""
+    table = tables.policies
+    query = select(*_POLICY).order_by(table.c.name, table.c.created_at.desc(), table.c.version)
+    query = query if name is None else query.where(table.c.name == name)
+    rows = await connection.execute(query.where(table.c.active) if active else query)
+    return [PolicyVersion(**row) for row in rows.mappings()]

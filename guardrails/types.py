@@ -187,6 +187,7 @@ class Example:
     rule: str = ""
     becomes: str = ""
     line: int = 0
+    file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +202,7 @@ class Policy:
     routes: Mapping[str, Route] = field(default_factory=dict)
     examples: tuple[Example, ...] = ()
     source: str = ""
+    description: str = ""
 
     @property
     def id(self) -> str:

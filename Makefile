@@ -24,7 +24,7 @@ lint: .venv/.dev ## style, types, the direction of imports, the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-cache
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/hadolint Dockerfile
 
 bench: .venv/.dev ## every benchmark prints its table

@@ -40,6 +40,7 @@ class Settings(BaseSettings):
     host: str = "127.0.0.1"
     port: int = 8080
     database: str = ""
+    secret: SecretStr | None = None
     policies: Path | None = None
     default_policy: str = "base"
     body_limit: int = Field(default=1_048_576, ge=1024)

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
@@ -52,7 +52,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     return app
 
 
-def _lifespan(settings: Settings, metrics: Metrics) -> Callable[[FastAPI], object]:
+def _lifespan(settings: Settings, metrics: Metrics) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
@@ -73,9 +73,7 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     timeouts = Timeouts(settings.first_token_timeout, settings.idle_timeout, settings.total_timeout)
     backend = OpenAIBackend(session, lambda: _upstream(engine), timeouts)
     policies = PolicyBook(store, [settings.policies] if settings.policies else [])
-    service = Service(
-        settings, read_secret(settings), store, Keys(store), policies, engine, backend, metrics
-    )
+    service = Service(settings, read_secret(settings), store, Keys(store), policies, engine, backend, metrics)
     stack.push_async_callback(_drain, service)
     stack.push_async_callback(engine.stop)
     for work in (engine.start, Courier(store, settings.webhook, metrics).run, lambda: _every(REFRESH, policies.refresh)):

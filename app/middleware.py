@@ -50,7 +50,8 @@ class RequestContext:
 
 def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
-        if name == b"x-request-id" and SANE_ID.fullmatch(text := value.decode("latin-1")):
+        text: str = value.decode("latin-1")
+        if name == b"x-request-id" and SANE_ID.fullmatch(text):
             return text
     return new_id("req_")
 

@@ -30,11 +30,11 @@ from alignment.records import (
     PreferencePair,
     Rating,
     Record,
-    Reply,
     Split,
     Withheld,
     fingerprint,
     split_of,
+    to_json,
 )
 from guardrails.types import Message
 
@@ -159,7 +159,9 @@ def hidden(withheld: Withheld) -> set[tuple[str, ...]]:
     if len(raw) + len(kept) <= _ALIGN:
         matcher = SequenceMatcher(None, raw, kept, autojunk=False)
         if matcher.ratio() >= 0.5:
-            runs |= {tuple(raw[start:end]) for tag, start, end, _, _ in matcher.get_opcodes() if tag in ("replace", "delete")}
+            runs |= {
+                tuple(raw[start:end]) for tag, start, end, _, _ in matcher.get_opcodes() if tag in ("replace", "delete")
+            }
     return runs - {()}
 
 
@@ -308,7 +310,7 @@ def write(collected: Collected, folder: Path) -> dict[str, int]:
     }
     listed: dict[str, dict[str, str | int]] = {}
     for name, records in files.items():
-        content = "".join(f"{record.to_json()}\n" for record in records).encode()
+        content = "".join(f"{to_json(record)}\n" for record in records).encode()
         _put(folder / f"{name}.jsonl", content)
         test = sum(record.split == "test" for record in records)
         listed[f"{name}.jsonl"] = {"records": len(records), "test": test, "sha256": fingerprint(content)}

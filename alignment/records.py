@@ -10,9 +10,8 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -71,31 +70,6 @@ class Judged:
     withheld: tuple[Withheld, ...] = ()
 
 
-class _Line:
-    """A record that is one line of JSON."""
-
-    __slots__ = ()
-
-    def to_json(self) -> str:
-        """The record as one line of JSON, without the line's end."""
-        return _adapter(type(self)).dump_json(self).decode()
-
-    @classmethod
-    def from_json(cls, line: str | bytes) -> Self:
-        """The record in `line`; raises ValueError with every reason why it is not one."""
-        try:
-            record: Self = _adapter(cls).validate_json(line, strict=True)
-        except ValidationError as error:
-            problems = (f"{'.'.join(map(str, one['loc'])) or 'line'}: {one['msg']}" for one in error.errors())
-            raise ValueError("; ".join(problems)) from None
-        return record
-
-
-@cache
-def _adapter(kind: type[_Line]) -> TypeAdapter[Any]:
-    return TypeAdapter(kind)
-
-
 def _check_prompt(prompt: Sequence[Message]) -> None:
     if not prompt or prompt[-1].role == "assistant":
         raise ValueError("the prompt must end with a message that the assistant answers")
@@ -107,7 +81,7 @@ def _check_reply(name: str, reply: Sequence[Message]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Demonstration(_Line):
+class Demonstration:
     """A conversation that ends as it should: `{"messages"}`."""
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
@@ -122,7 +96,7 @@ class Demonstration(_Line):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PreferencePair(_Line):
+class PreferencePair:
     """Two replies to one prompt, of which a person preferred one: `{"prompt", "chosen", "rejected"}`."""
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
@@ -141,7 +115,7 @@ class PreferencePair(_Line):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rating(_Line):
+class Rating:
     """One reply that a person found good or bad: `{"prompt", "completion", "label"}`."""
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
@@ -162,6 +136,26 @@ Record = Demonstration | PreferencePair | Rating
 R = TypeVar("R", Demonstration, PreferencePair, Rating)
 
 
+_ADAPTERS: dict[type[Record], TypeAdapter[Any]] = {
+    kind: TypeAdapter(kind) for kind in (Demonstration, PreferencePair, Rating)
+}
+
+
+def to_json(record: Record) -> str:
+    """The record as one line of JSON, without the line's end."""
+    return _ADAPTERS[type(record)].dump_json(record).decode()
+
+
+def from_json(kind: type[R], line: str | bytes) -> R:
+    """The record in `line`; raises ValueError with every reason why it is not one."""
+    try:
+        record: R = _ADAPTERS[kind].validate_json(line, strict=True)
+    except ValidationError as error:
+        problems = (f"{'.'.join(map(str, one['loc'])) or 'line'}: {one['msg']}" for one in error.errors())
+        raise ValueError("; ".join(problems)) from None
+    return record
+
+
 class BadRecords(ValueError):
     """A file with lines that are not records; `lines` says why, by line number."""
 
@@ -179,7 +173,7 @@ def read(path: Path, kind: type[R]) -> list[R]:
         if not line.strip():
             continue
         try:
-            records.append(kind.from_json(line))
+            records.append(from_json(kind, line))
         except ValueError as error:
             bad[number] = str(error)
     if bad:

@@ -1,4 +1,4 @@
-"""What is kept: tenants, keys, turns with every verdict, tickets, feedback, policy versions, the webhook outbox, audit."""
+"""What is kept: tenants, keys, turns with every verdict, tickets, feedback, policies, the webhook outbox, audit."""
 
 from app.store.audit import AuditEntry
 from app.store.database import migrate

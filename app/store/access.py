@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import bindparam, insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.records import Key, KeyScope, Tenant, new_id, now
@@ -15,6 +15,12 @@ from app.store.errors import NotFound
 
 _TENANT = [column for column in tables.tenants.c if column.name != "created_at"]
 _KEY = [column for column in tables.keys.c if column.name != "sha256"]
+
+_BY_SECRET = (
+    select(*_KEY, tables.tenants.c.policy, tables.tenants.c.when_store_fails)
+    .join(tables.tenants, tables.tenants.c.name == tables.keys.c.tenant)
+    .where(tables.keys.c.sha256 == bindparam("secret"), tables.keys.c.revoked_at.is_(None))
+)
 
 
 def fingerprint(secret: str) -> str:
@@ -53,12 +59,7 @@ async def add_key(connection: AsyncConnection, tenant: str, scope: KeyScope, not
 
 async def key(connection: AsyncConnection, secret: str) -> tuple[Key, Tenant] | None:
     """The key with this secret and its tenant; None when there is none or it was revoked."""
-    query = (
-        select(*_KEY, tables.tenants.c.policy, tables.tenants.c.when_store_fails)
-        .join(tables.tenants, tables.tenants.c.name == tables.keys.c.tenant)
-        .where(tables.keys.c.sha256 == fingerprint(secret), tables.keys.c.revoked_at.is_(None))
-    )
-    row = (await connection.execute(query)).mappings().one_or_none()
+    row = (await connection.execute(_BY_SECRET, {"secret": fingerprint(secret)})).mappings().one_or_none()
     if row is None:
         return None
     tenant = Tenant(name=row["tenant"], policy=row["policy"], when_store_fails=row["when_store_fails"])
@@ -70,7 +71,10 @@ async def revoke_key(connection: AsyncConnection, id: str) -> None:
     found = await connection.execute(
         update(tables.keys).where(tables.keys.c.id == id, tables.keys.c.revoked_at.is_(None)).values(revoked_at=now())
     )
-    if not found.rowcount and not (await connection.execute(select(tables.keys.c.id).where(tables.keys.c.id == id))).first():
+    if (
+        not found.rowcount
+        and not (await connection.execute(select(tables.keys.c.id).where(tables.keys.c.id == id))).first()
+    ):
         raise NotFound(f"there is no key {id!r}")
 
 

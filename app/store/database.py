@@ -7,13 +7,14 @@ import fcntl
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Table, event, text
+from sqlalchemy import Connection, Insert, Table, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -41,7 +42,9 @@ def database_url(url: str) -> URL:
     if parsed.drivername not in _DRIVERS.values():
         raise ValueError(f"the database {parsed.drivername!r} is not known: use sqlite+aiosqlite or postgresql+psycopg")
     if parsed.drivername == "sqlite+aiosqlite" and parsed.database in (None, "", ":memory:"):
-        raise ValueError("an SQLite database in memory would lose every turn: name a file, sqlite+aiosqlite:///newel.db")
+        raise ValueError(
+            "an SQLite database in memory would lose every turn: name a file, sqlite+aiosqlite:///newel.db"
+        )
     return parsed
 
 
@@ -131,20 +134,26 @@ class Database:
         await self._engine.dispose()
 
 
+@cache
+def _insert(dialect: str, table: Table, changes: tuple[str, ...]) -> Insert:
+    """An insert that does nothing, or sets `changes`, where the key is there (to build one costs more than to run it)."""
+    insert = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
+    if not changes:
+        return insert.on_conflict_do_nothing()
+    new = {name: insert.excluded[name] for name in changes}
+    return insert.on_conflict_do_update(index_elements=list(table.primary_key), set_=new)
+
+
 async def insert_new(connection: AsyncConnection, table: Table, rows: Sequence[dict[str, Any]]) -> int:
     """How many of `rows` were inserted; those whose key is there already stay as they are."""
     if not rows:
         return 0
-    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    return (await connection.execute(insert(table).values(list(rows)).on_conflict_do_nothing())).rowcount
+    return (await connection.execute(_insert(connection.dialect.name, table, ()), list(rows))).rowcount
 
 
 async def upsert(connection: AsyncConnection, table: Table, row: dict[str, Any], *changes: str) -> None:
     """Inserts `row`, or sets the columns `changes` of the row with the same primary key."""
-    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
-    statement = insert(table).values(row)
-    new = {name: statement.excluded[name] for name in changes}
-    await connection.execute(statement.on_conflict_do_update(index_elements=list(table.primary_key), set_=new))
+    await connection.execute(_insert(connection.dialect.name, table, changes), row)
 
 
 async def migrate(url: str) -> None:
@@ -183,10 +192,10 @@ async def _alone(url: URL) -> AsyncIterator[None]:
 
 
 async def _write_ahead(url: URL) -> None:
-    engine = connect(url).execution_options(isolation_level="AUTOCOMMIT")
+    engine = create_async_engine(url, isolation_level="AUTOCOMMIT")  # this pragma is not allowed in a transaction
     try:
         async with engine.connect() as connection:
-            await connection.exec_driver_sql("PRAGMA journal_mode=WAL")  # kept in the file; not allowed in a transaction
+            await connection.exec_driver_sql("PRAGMA journal_mode=WAL")
     finally:
         await engine.dispose()
 

@@ -13,7 +13,7 @@ from app.store.errors import Conflict
 from app.store.tables import storable
 
 _FIELDS = tuple(field.name for field in fields(Feedback))
-_FEEDBACK = [tables.feedback.c[name] for name in _FIELDS]
+FEEDBACK = [tables.feedback.c[name] for name in _FIELDS]
 _NATURAL = ("tenant", "turn", "kind", "other", "source")
 _BODY = (*_NATURAL, "value", "text", "choice")
 
@@ -35,14 +35,14 @@ async def add(connection: AsyncConnection, new: Feedback, idempotency_key: str |
     table = tables.feedback
     if idempotency_key is not None:
         keyed = table.c.tenant == new.tenant, table.c.idempotency_key == idempotency_key
-        row = (await connection.execute(select(*_FEEDBACK).where(*keyed))).mappings().one_or_none()
+        row = (await connection.execute(select(*FEEDBACK).where(*keyed))).mappings().one_or_none()
         if row is not None:
             first = Feedback(**row)
             if _same(first, new):
                 return first, False
             raise Conflict(f"this idempotency key was used for feedback {first.id}, with another body")
     natural = [table.c[name] == getattr(new, name) for name in _NATURAL]
-    row = (await connection.execute(select(*_FEEDBACK).where(*natural, table.c.current))).mappings().one_or_none()
+    row = (await connection.execute(select(*FEEDBACK).where(*natural, table.c.current))).mappings().one_or_none()
     if row is not None and idempotency_key is None and _same(Feedback(**row), new):
         return Feedback(**row), False
     await connection.execute(update(table).where(*natural, table.c.current).values(current=False))
@@ -54,7 +54,7 @@ async def add(connection: AsyncConnection, new: Feedback, idempotency_key: str |
 async def of_turn(connection: AsyncConnection, turn: str, tenant: str, history: bool) -> list[Feedback]:
     """What was said about a turn, oldest first: what counts now, or with `history` all of it."""
     table = tables.feedback
-    query = select(*_FEEDBACK).where(table.c.tenant == tenant, table.c.turn == turn)
+    query = select(*FEEDBACK).where(table.c.tenant == tenant, table.c.turn == turn)
     rows = await connection.execute(
         (query if history else query.where(table.c.current)).order_by(table.c.created_at, table.c.id)
     )

@@ -125,8 +125,6 @@ async def deliveries(connection: AsyncConnection, state: DeliveryState | None, l
 
 async def counts(connection: AsyncConnection) -> dict[DeliveryState, int]:
     """How many deliveries are in each state, for a gauge."""
-    found: dict[DeliveryState, int] = {"pending": 0, "sent": 0, "dead": 0}
     query = select(tables.deliveries.c.state, func.count()).group_by(tables.deliveries.c.state)
-    for state, count in await connection.execute(query):
-        found[state] = count
-    return found
+    found = {row[0]: row[1] for row in await connection.execute(query)}
+    return {"pending": found.get("pending", 0), "sent": found.get("sent", 0), "dead": found.get("dead", 0)}

@@ -34,9 +34,7 @@ async def activate(connection: AsyncConnection, name: str, version: str, by: str
     if current == chosen:
         return chosen
     await connection.execute(update(table).where(table.c.name == name, table.c.active).values(active=False))
-    await connection.execute(
-        update(table).where(table.c.name == name, table.c.version == version).values(active=True)
-    )
+    await connection.execute(update(table).where(table.c.name == name, table.c.version == version).values(active=True))
     back = current is not None and chosen.created_at < current.created_at
     detail = {"before": current.version if current else ""}
     await audit.write(connection, by, "policy.rollback" if back else "policy.activate", f"{name}@{version}", detail)

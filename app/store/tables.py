@@ -19,7 +19,6 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
-    false,
     text,
 )
 from sqlalchemy.types import TypeDecorator
@@ -179,7 +178,7 @@ feedback = Table(
     metadata,
     _text("id", key=True),
     _text("tenant"),
-    Column("turn", Plain, ForeignKey("turns.id"), nullable=False),
+    Column("turn", Plain, ForeignKey("turns.id"), nullable=False, index=True),
     _text("kind"),
     Column("value", Float, nullable=True),
     _text("text"),
@@ -187,7 +186,7 @@ feedback = Table(
     _text("choice"),
     _text("source"),
     _text("idempotency_key", null=True),
-    Column("current", Boolean, nullable=False, server_default=false()),
+    Column("current", Boolean, nullable=False),
     _time("created_at"),
     Index(None, "tenant", "idempotency_key", unique=True),
     Index(None, "created_at"),
@@ -252,7 +251,7 @@ policies = Table(
     _text("name", key=True),
     _text("version", key=True),
     _text("source"),
-    Column("active", Boolean, nullable=False, server_default=false()),
+    Column("active", Boolean, nullable=False),
     _time("created_at"),
     _text("created_by"),
 )

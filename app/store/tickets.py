@@ -25,9 +25,7 @@ async def insert(connection: AsyncConnection, ticket: Ticket) -> None:
     await insert_new(connection, tables.tickets, [row | {"closed_by": "", "closed_at": None, "delivered_in": ""}])
 
 
-async def load(
-    connection: AsyncConnection, *where: ColumnElement[bool], limit: int | None = None
-) -> list[Ticket]:
+async def load(connection: AsyncConnection, *where: ColumnElement[bool], limit: int | None = None) -> list[Ticket]:
     """The tickets that match, the one that is due first first."""
     query = select(*_TICKET).where(*where).order_by(tables.tickets.c.due_at, tables.tickets.c.id).limit(limit)
     return [Ticket(**row) for row in (await connection.execute(query)).mappings()]

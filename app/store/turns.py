@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
-from sqlalchemy import ColumnElement, and_, or_, select, update
+from sqlalchemy import ColumnElement, RowMapping, bindparam, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.records import Ticket, Turn, now
@@ -19,19 +19,22 @@ from guardrails.types import Action, Finding, Hit, Message, Stage, Verdict
 
 INTERRUPTED = "interrupted"
 """The `error` of a turn that began and never came to its end."""
+WithheldKind = Literal["asked", "said"]
 _PLAIN = tuple(
     column.name
     for column in tables.turns.c
     if column.name not in ("history", "finished_at") and not column.name.startswith(("input_", "output_"))
 )
+_CLOSE = update(tables.turns).where(
+    tables.turns.c.id == bindparam("this"),
+    tables.turns.c.tenant == bindparam("of"),
+    or_(tables.turns.c.finished_at.is_(None), tables.turns.c.error == INTERRUPTED),
+)
 
 
 def _decision(stage: Stage, verdict: Verdict | None) -> dict[str, str | None]:
-    return {
-        f"{stage}_action": verdict and verdict.action.word,
-        f"{stage}_rule": verdict and verdict.rule,
-        f"{stage}_route": verdict and verdict.route,
-    }
+    decided = (None, None, None) if verdict is None else (verdict.action.word, verdict.rule, verdict.route)
+    return dict(zip((f"{stage}_action", f"{stage}_rule", f"{stage}_route"), decided, strict=True))
 
 
 def _row(turn: Turn) -> dict[str, Any]:
@@ -84,10 +87,8 @@ async def finish(connection: AsyncConnection, turn: Turn) -> int:
 
 
 async def _close(connection: AsyncConnection, turn: Turn) -> int:
-    table = tables.turns
-    still_open = or_(table.c.finished_at.is_(None), table.c.error == INTERRUPTED)
-    mine = and_(table.c.id == turn.id, table.c.tenant == turn.tenant, still_open)
-    return (await connection.execute(update(table).where(mine).values(_row(turn) | {"finished_at": now()}))).rowcount
+    row = _row(turn) | {"finished_at": now(), "this": turn.id, "of": turn.tenant}
+    return (await connection.execute(_CLOSE, row)).rowcount
 
 
 async def interrupt(connection: AsyncConnection, before: datetime) -> list[str]:
@@ -114,7 +115,9 @@ async def load(connection: AsyncConnection, *where: ColumnElement[bool]) -> list
         return []
     matching = select(table.c.id).where(*where)
     hits = await _hits(connection, tables.verdicts.c.turn.in_(matching))
-    handed_over = {ticket.turn: ticket for ticket in await tickets.load(connection, tables.tickets.c.turn.in_(matching))}
+    handed_over = {
+        ticket.turn: ticket for ticket in await tickets.load(connection, tables.tickets.c.turn.in_(matching))
+    }
     return [_turn(row, hits, handed_over.get(row["id"])) for row in rows]
 
 
@@ -129,7 +132,7 @@ async def _hits(connection: AsyncConnection, where: ColumnElement[bool]) -> dict
     return found
 
 
-def _verdict(row: Mapping[str, Any], stage: Stage, hits: Mapping[tuple[str, str], tuple[Hit, ...]]) -> Verdict | None:
+def _verdict(row: RowMapping, stage: Stage, hits: Mapping[tuple[str, str], tuple[Hit, ...]]) -> Verdict | None:
     if row[f"{stage}_action"] is None:
         return None
     action = Action[row[f"{stage}_action"].upper()]
@@ -138,7 +141,7 @@ def _verdict(row: Mapping[str, Any], stage: Stage, hits: Mapping[tuple[str, str]
     return Verdict(action, text, rule=row[f"{stage}_rule"], route=row[f"{stage}_route"], hits=found)
 
 
-def _turn(row: Mapping[str, Any], hits: Mapping[tuple[str, str], tuple[Hit, ...]], ticket: Ticket | None) -> Turn:
+def _turn(row: RowMapping, hits: Mapping[tuple[str, str], tuple[Hit, ...]], ticket: Ticket | None) -> Turn:
     plain = Turn(**{name: row[name] for name in _PLAIN})
     history = tuple(Message(role, content) for role, content in row["history"])
     input, output = _verdict(row, "input", hits), _verdict(row, "output", hits)
@@ -163,7 +166,7 @@ async def require(connection: AsyncConnection, tenant: str, ids: Sequence[str], 
 
 async def read_withheld(
     connection: AsyncConnection, id: str, tenant: str, actor: str, reason: str
-) -> dict[str, str]:
+) -> dict[WithheldKind, str]:
     """The raw texts that were kept from the other side, by kind (asked, said); the reading is audited."""
     if not actor.strip() or not reason.strip():
         raise ValueError("withheld text is shown only to somebody, for a reason: give both")

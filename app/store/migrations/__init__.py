@@ -1,0 +1,1 @@
+"""Alembic revisions, run by `app.store.migrate`; one file a change, in `versions/`."""

@@ -1,0 +1,342 @@
+"""The store: one object in front of the database and the spill."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Self
+
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from alignment.records import Judged
+from app.records import (
+    Delivery,
+    DeliveryState,
+    Feedback,
+    Key,
+    KeyScope,
+    PolicyVersion,
+    Tenant,
+    Ticket,
+    TicketState,
+    Turn,
+    now,
+)
+from app.store import access, audit, feedback, judged, outbox, policies, tables, tickets, turns
+from app.store.audit import AuditEntry
+from app.store.database import Database, database_url, migrate, upsert
+from app.store.errors import SpillFull, StoreDown
+from app.store.spill import Replayed, Spill
+from app.store.turns import WithheldKind
+
+log = logging.getLogger(__name__)
+REMEMBERED_KEYS = 10_000
+FIRST_REPLAY, LAST_REPLAY = 1.0, 30.0
+"""Seconds between two attempts to replay the spill, doubled from the first to the last."""
+
+
+class Store:
+    """What is kept.
+
+    A look-up returns None for what is not there or belongs to another tenant; a change raises NotFound. Every method
+    may raise StoreDown. A call that is cancelled is rolled back whole: shield what must be kept. Ids are opaque and
+    at most 200 characters where they come from a client.
+    """
+
+    __slots__ = ("_db", "_known_keys", "_replaying", "_spill")
+
+    def __init__(self, database: Database, spill: Spill):
+        self._db, self._spill = database, spill
+        self._known_keys: dict[str, tuple[Key, Tenant]] = {}
+        self._replaying: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(cls, url: str, spill: Path) -> Self:
+        """A store on the migrated database at `url`, with what waited in the folder `spill` replayed into it.
+
+        Raises ValueError for a URL it does not speak, StoreDown, and SpillFull when the folder cannot be written.
+        """
+        await migrate(url)
+        store = cls(Database(database_url(url)), await asyncio.to_thread(Spill, spill))
+        try:
+            await store.replay()
+        except BaseException:
+            await store.close()
+            raise
+        return store
+
+    async def close(self) -> None:
+        """Ends the background replay and closes all connections; what is spilled stays for the next start."""
+        if self._replaying is not None:
+            self._replaying.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._replaying
+        await self._db.close()
+
+    async def ping(self) -> None:
+        """Returns when a row could be written and committed; raises StoreDown."""
+        row = {"id": 1, "at": now()}
+        await self._db.write(lambda connection: upsert(connection, tables.pulse, row, "at"))
+
+    # --- tenants and keys
+
+    async def put_tenant(self, tenant: Tenant) -> None:
+        """Makes a tenant, or changes its policy and settings."""
+        await self._db.write(lambda connection: access.put_tenant(connection, tenant))
+
+    async def tenant(self, name: str) -> Tenant | None:
+        """The tenant of this name."""
+        return next(iter(await self._db.read(lambda connection: access.tenants(connection, name))), None)
+
+    async def tenants(self) -> list[Tenant]:
+        """All tenants, by name."""
+        return await self._db.read(access.tenants)
+
+    async def add_key(self, tenant: str, scope: KeyScope = "client", note: str = "") -> tuple[Key, str]:
+        """(the key as stored, its secret): the secret cannot be read again."""
+        return await self._db.write(lambda connection: access.add_key(connection, tenant, scope, note))
+
+    async def key(self, secret: str) -> tuple[Key, Tenant] | None:
+        """The key with this secret and its tenant; None when there is none or it was revoked.
+
+        While the database is down a key that was good when it was last seen is still good: only so can a tenant
+        whose `when_store_fails` is "answer" be answered.
+        """
+        digest = access.fingerprint(secret)
+        try:
+            found = await self._db.read(lambda connection: access.key(connection, secret))
+        except StoreDown:
+            if (known := self._known_keys.get(digest)) is None:
+                raise
+            return known
+        self._known_keys.pop(digest, None)
+        if found is not None:
+            self._known_keys[digest] = found
+            if len(self._known_keys) > REMEMBERED_KEYS:
+                del self._known_keys[next(iter(self._known_keys))]
+        return found
+
+    async def revoke_key(self, id: str) -> None:
+        """Ends a key; raises NotFound."""
+        await self._db.write(lambda connection: access.revoke_key(connection, id))
+
+    async def keys(self) -> list[Key]:
+        """All keys, oldest first, revoked ones too."""
+        return await self._db.read(access.keys)
+
+    # --- turns
+
+    async def begin(self, turn: Turn) -> None:
+        """Stores the turn as open: what was asked, and what the input guard decided."""
+        await self._db.write(lambda connection: turns.begin(connection, turn))
+
+    async def finish(self, turn: Turn) -> None:
+        """Completes the turn, its ticket and the ticket's delivery in one transaction; a second time does nothing.
+
+        A turn whose `begin` failed is stored whole.
+        """
+        await self._db.write(lambda connection: turns.finish(connection, turn))
+
+    async def turn(self, id: str, tenant: str) -> Turn | None:
+        """The turn as the client saw it, without what was withheld."""
+        where = (tables.turns.c.tenant == tenant, tables.turns.c.id == id)
+        return next(iter(await self._db.read(lambda connection: turns.load(connection, *where))), None)
+
+    async def turns(self, conversation: str, tenant: str) -> list[Turn]:
+        """The turns of a conversation, oldest first, without what was withheld."""
+        where = (tables.turns.c.tenant == tenant, tables.turns.c.conversation == conversation)
+        return await self._db.read(lambda connection: turns.load(connection, *where))
+
+    async def conversation_after(self, tenant: str, tail_hash: str) -> str | None:
+        """The conversation of the tenant's newest turn that ended with this hash: where a resent history belongs."""
+        return await self._db.read(lambda connection: turns.conversation_after(connection, tenant, tail_hash))
+
+    async def open_turns(self, before: datetime) -> list[str]:
+        """The ids of the turns that began before this moment and never finished; they are interrupted now.
+
+        For the start of a gateway. `before` must lie further back than the longest turn: others may be running.
+        """
+        return await self._db.write(lambda connection: turns.interrupt(connection, before))
+
+    async def withheld(self, turn: str, tenant: str, actor: str, reason: str) -> dict[WithheldKind, str]:
+        """The raw texts that were withheld from one side of a turn; who reads them and why is audited.
+
+        Raises NotFound, and ValueError without an actor and a reason.
+        """
+        return await self._db.write(lambda connection: turns.read_withheld(connection, turn, tenant, actor, reason))
+
+    # --- the spill
+
+    async def spill(self, turn: Turn) -> None:
+        """Returns when the turn is on the disk, to be written when the database is back; raises SpillFull.
+
+        May be called with the turn as it was to begin, and again when it is finished.
+        """
+        await self._spill.append(turn)
+        if self._replaying is None or self._replaying.done():
+            self._replaying = asyncio.create_task(self._keep_replaying(), name="newel-replay")
+
+    async def replay(self) -> Replayed:
+        """What became of the spilled turns, now in the database; raises StoreDown, and what is left stays."""
+        done = await self._spill.replay(self._restore)
+        if done != Replayed():
+            log.warning(
+                "replayed the spill: %d written, %d known, %d torn, %d rejected",
+                done.written,
+                done.known,
+                done.torn,
+                done.rejected,
+            )
+        return done
+
+    @property
+    def spilled(self) -> int:
+        """How many spilled turns wait for the database, for a gauge."""
+        return self._spill.waiting
+
+    async def _restore(self, turn: Turn) -> int:
+        ended = bool(turn.finish_reason or turn.error or turn.total_ms is not None)
+        return await self._db.write(lambda connection: (turns.finish if ended else turns.begin)(connection, turn))
+
+    async def _keep_replaying(self) -> None:
+        delay = FIRST_REPLAY
+        while self._spill.waiting:
+            await asyncio.sleep(delay)
+            delay = min(delay * 2, LAST_REPLAY)
+            try:
+                await self.replay()
+            except (StoreDown, SpillFull) as error:
+                log.warning("%d spilled turns wait: %s", self._spill.waiting, error)
+
+    # --- tickets
+
+    async def tickets(
+        self, tenant: str | None = None, state: TicketState | None = None, limit: int = 1000
+    ) -> list[Ticket]:
+        """Up to `limit` tickets, the one that is due first first."""
+        table = tables.tickets
+        where = [table.c.tenant == tenant] if tenant is not None else []
+        where += [table.c.state == state] if state is not None else []
+        return await self._db.read(lambda connection: tickets.load(connection, *where, limit=limit))
+
+    async def ticket(self, id: str, tenant: str | None = None) -> Ticket | None:
+        """The ticket; with `tenant` only that tenant's."""
+        where = [tables.tickets.c.id == id, *([tables.tickets.c.tenant == tenant] if tenant is not None else [])]
+        return next(iter(await self._db.read(lambda connection: tickets.load(connection, *where))), None)
+
+    async def answer_ticket(self, id: str, answer: str, by: str) -> Ticket:
+        """The ticket with its answer, once; raises NotFound, or Conflict with who answered or closed it and when."""
+        return await self._db.write(lambda connection: tickets.answer(connection, id, answer, by))
+
+    async def close_ticket(self, id: str, by: str) -> Ticket:
+        """The ticket, closed; raises NotFound, or Conflict with who closed it and when."""
+        return await self._db.write(lambda connection: tickets.close(connection, id, by))
+
+    async def open_ticket_of(self, tenant: str, conversation: str) -> Ticket | None:
+        """The open ticket of a conversation; of several the one that is due first."""
+        table = tables.tickets
+        where = (table.c.tenant == tenant, table.c.conversation == conversation, table.c.state == "open")
+        return next(iter(await self._db.read(lambda connection: tickets.load(connection, *where, limit=1))), None)
+
+    async def undelivered_answers(self, tenant: str, conversation: str) -> list[Ticket]:
+        """The tickets of a conversation whose answers were not said in it yet."""
+        table = tables.tickets
+        mine = (table.c.tenant == tenant, table.c.conversation == conversation)
+        new = (table.c.answered_at.is_not(None), table.c.delivered_at.is_(None))
+        return await self._db.read(lambda connection: tickets.load(connection, *mine, *new))
+
+    async def mark_delivered(self, ids: Sequence[str], turn_id: str) -> None:
+        """Notes that the answers of these tickets were said in that turn."""
+        await self._db.write(lambda connection: tickets.mark_delivered(connection, ids, turn_id))
+
+    # --- the webhook outbox
+
+    async def deliveries_due(self) -> bool:
+        """True when there is something for `claim_deliveries`; cheaper than to claim."""
+        return await self._db.read(outbox.due)
+
+    async def claim_deliveries(self, limit: int, lease: float) -> list[Delivery]:
+        """Up to `limit` due deliveries, which nobody else gets for `lease` seconds."""
+        return await self._db.write(lambda connection: outbox.claim(connection, limit, lease))
+
+    async def settle_delivery(self, id: str, error: str = "", retry_at: datetime | None = None) -> None:
+        """Notes how an attempt ended: sent, or with an `error` to be tried again at `retry_at`, or dead without."""
+        await self._db.write(lambda connection: outbox.settle(connection, id, error, retry_at))
+
+    async def retry_delivery(self, id: str) -> None:
+        """Sends a dead delivery again, from its first attempt; raises NotFound, or Conflict if it is not dead."""
+        await self._db.write(lambda connection: outbox.retry(connection, id))
+
+    async def deliveries(self, state: DeliveryState | None = None, limit: int = 1000) -> list[Delivery]:
+        """Up to `limit` deliveries, newest first."""
+        return await self._db.read(lambda connection: outbox.deliveries(connection, state, limit))
+
+    async def delivery_counts(self) -> dict[DeliveryState, int]:
+        """How many deliveries are in each state, for a gauge."""
+        return await self._db.read(outbox.counts)
+
+    # --- feedback
+
+    async def add_feedback(self, new: Feedback, idempotency_key: str | None = None) -> tuple[Feedback, bool]:
+        """(the feedback as stored, whether it was created); raises NotFound, or Conflict for a reused key.
+
+        The same key and body, or without a key the same body again, gives the first one. Another body from the same
+        source on the same thing takes its place, and both are kept.
+        """
+        return await self._db.write(lambda connection: feedback.add(connection, new, idempotency_key))
+
+    async def feedback(self, turn: str, tenant: str, history: bool = False) -> list[Feedback]:
+        """What people say of a turn, oldest first; with `history` also what they said before."""
+        return await self._db.read(lambda connection: feedback.of_turn(connection, turn, tenant, history))
+
+    async def judged_turns(
+        self, tenant: str | None = None, since: datetime | None = None, actor: str = "export"
+    ) -> AsyncIterator[Judged]:
+        """The turns that were judged at or after `since`, oldest first, for `alignment.collect`; that is audited."""
+        detail = {"tenant": tenant, "since": since and since.isoformat()}
+        await self.audit(actor, "turns.export", tenant or "*", detail)
+        after: tuple[datetime, str] | None = None
+        while page := await self._judged_page(tenant, since, after):
+            for turn in page:
+                yield turn
+            after = page[-1].at, page[-1].reply.turn
+
+    async def _judged_page(
+        self, tenant: str | None, since: datetime | None, after: tuple[datetime, str] | None
+    ) -> list[Judged]:
+        return await self._db.read(lambda connection: judged.page(connection, tenant, since, after))
+
+    # --- policies and audit
+
+    async def put_policy(self, name: str, source: str, version: str, by: str) -> PolicyVersion:
+        """The version as stored, not active yet; one that is there already stays as it is."""
+        return await self._db.write(lambda connection: policies.put(connection, name, source, version, by))
+
+    async def activate_policy(self, name: str, version: str, by: str) -> PolicyVersion:
+        """The version, now the active one of its name; audited, as a rollback when it is older than the last one."""
+        return await self._db.write(lambda connection: policies.activate(connection, name, version, by))
+
+    async def active_policy(self, name: str) -> PolicyVersion | None:
+        """The active version of a policy."""
+        found = await self._db.read(lambda connection: policies.versions(connection, name, active=True))
+        return next(iter(found), None)
+
+    async def policies(self, name: str | None = None) -> list[PolicyVersion]:
+        """The versions of one policy or of all, by name and newest first."""
+        return await self._db.read(lambda connection: policies.versions(connection, name))
+
+    async def audit(self, actor: str, action: str, subject: str, detail: Mapping[str, object]) -> None:
+        """Adds an audit entry: ids and names, never what people wrote."""
+        await self._db.write(lambda connection: audit.write(connection, actor, action, subject, detail))
+
+    async def audit_log(self, limit: int = 100) -> list[AuditEntry]:
+        """The last `limit` audit entries, newest first."""
+
+        async def newest(connection: AsyncConnection) -> list[AuditEntry]:
+            return await audit.newest(connection, limit)
+
+        return await self._db.read(newest)

@@ -70,17 +70,19 @@ class Span:
         found = self._live.search(text, pos=start, partial=True, timeout=TIMEOUT)
         return len(text) if found is None else found.start()
 
+    def part(self, text: str, match: regex.Match[str]) -> tuple[int, int] | None:
+        """Where in `text` the part of this match lies that is found; None where the match is turned down."""
+        first, last = match.span(self.group) if self.group else match.span()
+        return (first, last) if self.accept is None or self.accept(text[first:last]) else None
+
     def findings(self, text: str, start: int, settled: int) -> tuple[list[Finding], int]:
         """The findings whose match starts in `start..settled`, and the place to go on from."""
         found: list[Finding] = []
-        while match := self._pattern.search(text, pos=start, timeout=TIMEOUT):
-            if match.start() >= settled:
-                break
-            first, last = match.span(self.group) if self.group else match.span()
-            accepted = self.accept is None or self.accept(text[first:last])
-            if accepted:
-                found.append(Finding(self.label, first, last, self.score))
-            start = max(match.end() if accepted else 0, match.start() + 1)
+        while (match := self._pattern.search(text, pos=start, timeout=TIMEOUT)) and match.start() < settled:
+            part = self.part(text, match)
+            if part:
+                found.append(Finding(self.label, *part, self.score))
+            start = max(part[1] if part else 0, match.start() + 1)
         return found, max(start, settled)
 
 

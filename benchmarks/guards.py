@@ -1,0 +1,77 @@
+"""What the shipped policies cost: judging a question, and reading a reply piece by piece.
+
+CPU time of one thread, medians over runs. The baseline joins the same pieces without any guard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Callable
+
+from guardrails import load
+from guardrails.engine import Guard, judge_messages
+from guardrails.types import Context, Message, Policy
+
+REPLY = (
+    "To ask for a raise, write down what you have done in the last year and what it was worth to the team. "
+    "Pick a calm moment, ask your manager for half an hour, and name the figure that you have in mind. "
+    "If the answer is no, ask what would have to change, and by when you may ask again.\n"
+)
+QUESTION = "I have been here for two years and took over the night shift in March. How do I ask for a raise? "
+RUNS = 15
+
+
+def pieces(text: str, size: int = 4) -> list[str]:
+    """The text in pieces of `size` characters, about one token each."""
+    return [text[i : i + size] for i in range(0, len(text), size)]
+
+
+def cpu(work: Callable[[], object]) -> float:
+    """Median CPU seconds of one call."""
+    times = []
+    for _ in range(RUNS):
+        began = time.process_time()
+        work()
+        times.append(time.process_time() - began)
+    return statistics.median(times)
+
+
+def read(policy: Policy, parts: list[str]) -> tuple[str, list[int]]:
+    """The reply as a stream would release it, and how many characters were held back after each piece."""
+    guard = Guard(policy.output, Context())
+    out, held = [], []
+    fed = released = 0
+    for part in parts:
+        piece = guard.feed(part)
+        out.append(piece)
+        fed, released = fed + len(part), released + len(piece)
+        held.append(fed - released)
+    return "".join(out), held
+
+
+def main() -> None:
+    """Prints the two tables."""
+    print(f"{'policy':<8} {'reply':>8} {'us/token':>9} {'bare':>6} {'held mean':>10} {'held max':>9}")
+    for name in ("base", "hr"):
+        policy = load(name)
+        for repeats in (1, 4, 16):
+            parts = pieces(REPLY * repeats)
+            seconds = cpu(lambda: read(policy, parts))  # noqa: B023 called at once
+            bare = cpu(lambda: "".join(list(parts)))  # noqa: B023 called at once
+            held = read(policy, parts)[1]
+            row = f"{seconds / len(parts) * 1e6:9.1f} {bare / len(parts) * 1e6:6.2f}"
+            print(f"{name:<8} {len(parts):>4} tok {row} {statistics.mean(held):10.1f} {max(held):9d}")
+    print(f"\n{'policy':<8} {'question':>10} {'us':>9}")
+    for name in ("base", "hr"):
+        policy = load(name)
+        for length in (200, 1000, 4000):
+            text = (QUESTION * (length // len(QUESTION) + 1))[:length]
+            messages = [Message("user", text)]
+            seconds = cpu(lambda: asyncio.run(judge_messages(policy.input, messages)))  # noqa: B023 called at once
+            print(f"{name:<8} {length:>5} char {seconds * 1e6:9.0f}")
+
+
+if __name__ == "__main__":
+    main()

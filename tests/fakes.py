@@ -14,7 +14,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn, Self
 
@@ -337,8 +337,8 @@ async def serve(app: Any, **config: Any) -> AsyncIterator[str]:
         try:
             while not (server.started or running.done()):
                 await asyncio.sleep(0.005)
-            if running.done():
-                await running
+            if not server.started:
+                raise RuntimeError("the app did not start; its traceback is in the log of uvicorn.error")
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
@@ -346,7 +346,5 @@ async def serve(app: Any, **config: Any) -> AsyncIterator[str]:
 
 
 async def _run(server: uvicorn.Server, listener: socket.socket) -> None:
-    try:
+    with suppress(SystemExit):  # how uvicorn says that the app did not start
         await server.serve(sockets=[listener])
-    except SystemExit as error:
-        raise RuntimeError("the app did not start; its traceback is in the log of uvicorn.error") from error

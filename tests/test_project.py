@@ -87,7 +87,7 @@ def test_every_setting_and_nothing_else_is_in_the_example_file(tmp_path: Path, m
 
 def test_the_example_file_gives_the_true_defaults() -> None:
     examples = {"home", "database", "policies", "engine.url", "engine.api_key", "engine.python", "engine.args"}
-    examples |= {"webhook.url", "webhook.secret"}
+    examples |= {"secret", "webhook.url", "webhook.secret"}
     uncommented = tomllib.loads(re.sub(r"(?m)^# (?=\w+ = )", "", EXAMPLE))
     defaults = Settings.model_construct()
     said = {key: value for key, value in _values(uncommented) if key not in examples}

@@ -86,9 +86,8 @@ def verify(
         return False
     moment = time.time() if at is None else at
     expected = sign(secret, id, int(stamp), body).encode()
-    offered = [one.encode() for one in given.get("webhook-signature", "").split()]
-    genuine = any([hmac.compare_digest(expected, one) for one in offered])
-    return genuine and abs(moment - int(stamp)) <= tolerance
+    offered = given.get("webhook-signature", "").split()
+    return any(hmac.compare_digest(expected, one.encode()) for one in offered) and abs(moment - int(stamp)) <= tolerance
 
 
 def retry_after(value: str | None, moment: datetime) -> float:
@@ -115,18 +114,19 @@ class Courier:
 
         Raises ValueError for a `url` that is not http(s), or that comes without a usable `secret`.
         """
-        if settings.url is not None:
-            if urlsplit(settings.url).scheme not in ("http", "https") or not urlsplit(settings.url).hostname:
-                raise ValueError("webhook.url must be an http or https address")
-            if settings.secret is None or not _key(settings.secret.get_secret_value()):
-                raise ValueError("webhook.url is set without webhook.secret: a receiver could not tell who sends")
-        self._store, self._settings, self._first_delay, self._idle = store, settings, first_delay, idle
+        self._url, self._attempts = settings.url or "", settings.attempts
+        self._secret = settings.secret.get_secret_value() if settings.secret else ""
+        if self._url and not (urlsplit(self._url).scheme in ("http", "https") and urlsplit(self._url).hostname):
+            raise ValueError("webhook.url must be an http or https address")
+        if self._url and not _key(self._secret):
+            raise ValueError("webhook.url is set without webhook.secret: a receiver could not tell who sends")
+        self._store, self._first_delay, self._idle = store, first_delay, idle
 
     async def run(self) -> None:
         """Sends what is due until it is cancelled; returns at once without a `webhook.url`."""
-        if self._settings.url is None:
+        if not self._url:
             return
-        async with self._session() as session:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as session:
             while True:
                 try:
                     sent = await self._round(session)
@@ -136,24 +136,11 @@ class Courier:
                 if sent < BATCH:
                     await asyncio.sleep(self._idle)
 
-    async def send_due(self) -> int:
-        """How many due deliveries were attempted, all of them once."""
-        attempted = 0
-        async with self._session() as session:
-            while sent := await self._round(session):
-                attempted += sent
-        return attempted
-
-    def _session(self) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS))
-
     async def _round(self, session: aiohttp.ClientSession) -> int:
         if not await self._store.deliveries_due():
             return 0
         claimed = await self._store.claim_deliveries(BATCH, LEASE_SECONDS)
-        async with asyncio.TaskGroup() as group:
-            for delivery in claimed:
-                group.create_task(self._deliver(session, delivery))
+        await asyncio.gather(*(self._deliver(session, delivery) for delivery in claimed))
         return len(claimed)
 
     async def _deliver(self, session: aiohttp.ClientSession, delivery: Delivery) -> None:
@@ -162,15 +149,17 @@ class Courier:
         except (aiohttp.ClientError, TimeoutError, OSError) as failure:
             error, wait = type(failure).__name__, 0.0
         retry_at = now() + timedelta(seconds=max(wait, back_off(delivery.attempts, self._first_delay)))
-        dead = error == "410" or delivery.attempts >= self._settings.attempts  # 410: the receiver wants no more
+        dead = error == "410" or delivery.attempts >= self._attempts  # 410: the receiver wants no more
         if error:
             fate = "given up" if dead else f"again at {retry_at:%Y-%m-%d %H:%M:%S} UTC"
             log.warning("delivery %s failed (%s), attempt %d: %s", delivery.id, error, delivery.attempts, fate)
-        await self._store.settle_delivery(delivery.id, error, None if dead else retry_at)
+        try:
+            await self._store.settle_delivery(delivery.id, error, None if dead else retry_at)
+        except StoreError as failure:  # the claim runs out, and it is sent once more: receivers know its id
+            log.warning("how delivery %s ended could not be noted: %s", delivery.id, failure)
 
     async def _post(self, session: aiohttp.ClientSession, delivery: Delivery) -> tuple[str, float]:
         """(why the receiver did not take it, or empty; the seconds it asks us to wait)."""
-        assert self._settings.url is not None and self._settings.secret is not None  # noqa: S101 (see __init__)
         body = json.dumps(delivery.body, separators=(",", ":")).encode()
         stamp = int(time.time())
         headers = {
@@ -178,10 +167,10 @@ class Courier:
             "user-agent": "newel",
             "webhook-id": delivery.id,
             "webhook-timestamp": str(stamp),
-            "webhook-signature": sign(self._settings.secret.get_secret_value(), delivery.id, stamp, body),
+            "webhook-signature": sign(self._secret, delivery.id, stamp, body),
         }
         # a redirect is an error: the operator named this receiver, and no other one
-        async with session.post(self._settings.url, data=body, headers=headers, allow_redirects=False) as answer:
+        async with session.post(self._url, data=body, headers=headers, allow_redirects=False) as answer:
             if 200 <= answer.status < 300:
                 return "", 0.0
             return str(answer.status), retry_after(answer.headers.get("Retry-After"), now())

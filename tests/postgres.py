@@ -7,11 +7,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 FAST = {
     "fsync": "off",
-    "synchronous_commit": "off",
     "full_page_writes": "off",
     "listen_addresses": "''",
     "max_connections": "100",
@@ -63,7 +63,8 @@ class Cluster:
         main = int((self.data / "postmaster.pid").read_text().split()[0])
         workers = Path(f"/proc/{main}/task/{main}/children").read_text().split()
         for process in [main, *map(int, workers)]:
-            os.kill(process, signal.SIGSTOP if frozen else signal.SIGCONT)
+            with suppress(ProcessLookupError):  # an autovacuum worker that has just ended
+                os.kill(process, signal.SIGSTOP if frozen else signal.SIGCONT)
 
     def create_database(self, name: str) -> str:
         """The URL of a new, empty database."""

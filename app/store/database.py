@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fcntl
+import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
@@ -55,6 +56,7 @@ def connect(url: URL, busy: float = BUSY_SECONDS) -> AsyncEngine:
         return create_async_engine(
             url, hide_parameters=True, pool_pre_ping=True, pool_timeout=PATIENCE, pool_size=10, connect_args=wait
         )
+    logging.getLogger("aiosqlite").setLevel(logging.INFO)  # its debug lines hold what people wrote
     engine = create_async_engine(url, hide_parameters=True, pool_timeout=PATIENCE, connect_args={"timeout": busy})
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
@@ -136,7 +138,7 @@ class Database:
 
 @cache
 def _insert(dialect: str, table: Table, changes: tuple[str, ...]) -> Insert:
-    """An insert that does nothing, or sets `changes`, where the key is there (to build one costs more than to run it)."""
+    """An insert that does nothing, or sets `changes`, where the key is there; to build it costs more than to run it."""
     insert = sqlite.insert(table) if dialect == "sqlite" else postgresql.insert(table)
     if not changes:
         return insert.on_conflict_do_nothing()

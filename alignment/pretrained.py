@@ -313,9 +313,9 @@ def _reach(endpoint: str) -> None:
         raise _Failed("HF_HUB_OFFLINE is set")
     if not endpoint.startswith(("http://", "https://")):
         raise _Failed(f"HF_ENDPOINT is no http address: {endpoint}")
-    request = urllib.request.Request(endpoint, method="HEAD", headers={"User-Agent": "newel"})  # noqa: S310 (checked
-    above) try:
-        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()  # noqa: S310 (checked above)
+    request = urllib.request.Request(endpoint, method="HEAD", headers={"User-Agent": "newel"})  # noqa: S310
+    try:
+        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()  # noqa: S310
     except urllib.error.HTTPError:
         return  # it answers
     except (OSError, ValueError) as error:

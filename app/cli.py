@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequen
 from contextlib import asynccontextmanager
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -24,7 +25,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from pydantic_settings import SettingsError
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from alignment import pretrained
@@ -193,8 +194,15 @@ def pull(
     with Console(stderr=True).status("") as status:
         report = status.update if status.console.is_terminal else _told
         wanted = model or settings.engine.model
-        folder = pretrained.pull(wanted, home=settings.home, source=source or "auto", report=report)
+        python = converter(settings)
+        folder = pretrained.pull(wanted, home=settings.home, source=source or "auto", report=report, python=python)
     print(folder)
+
+
+def converter(settings: Settings) -> str:
+    """The Python that converts a model: ours where it has what that needs, else the engine's."""
+    ours = all(find_spec(name) for name in ("torch", "gguf"))
+    return sys.executable if ours else settings.engine.python or sys.executable
 
 
 def _told(line: str) -> None:
@@ -557,12 +565,12 @@ def _show(items: Iterable[Any], columns: Sequence[str], as_json: bool) -> None:
     if as_json:
         _print_json([asdict(item) for item in items])
         return
-    console = Console(highlight=False)
-    table = Table(*(column.removesuffix("_at").replace("_", " ") for column in columns), box=None, header_style="bold")
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
+    titles = (column.removesuffix("_at").replace("_", " ") for column in columns)
+    table = Table(*(Column(title, overflow="fold") for title in titles), box=None, header_style="bold")
     for item in items:
         table.add_row(*(Text(_cell(getattr(item, column))) for column in columns))
-    width = console.width if console.is_terminal else 1000
-    console.print(table if table.row_count else "none", width=width)
+    console.print(table if table.row_count else "none")
 
 
 def _show_one(values: dict[str, Any], as_json: bool) -> None:

@@ -99,7 +99,7 @@ def pull(
     try:
         models.mkdir(parents=True, exist_ok=True)
         with _lock(models / f".{slug(model)}.lock", report) as lock:
-            if there := find(model, home=home):
+            if isinstance(source, str) and (there := find(model, home=home)):
                 return there
             return _fetch(_Order(model, models, report, python, lock), source)
     except OSError as error:
@@ -340,11 +340,11 @@ def _run(order: _Order, command: list[str], seconds: float, env: dict[str, str],
         )
     except OSError as error:
         raise _Failed(f"cannot run {command[0]}: {error}") from error
+    assert process.stdout is not None  # noqa: S101 (it was asked for)
     timer = threading.Timer(seconds, process.kill)
     timer.start()
     last: list[str] = []
     try:
-        assert process.stdout is not None  # noqa: S101 (it was asked for above)
         for text in process.stdout:
             last = [*last[-4:], text.strip()]
             if line and text.strip():
@@ -354,6 +354,7 @@ def _run(order: _Order, command: list[str], seconds: float, env: dict[str, str],
         timer.cancel()
         process.kill()
         process.wait()
+        process.stdout.close()
     if status:
         why = f"stopped after {seconds:.0f} s" if status == -9 else f"status {status}"
         raise _Failed(f"{Path(command[0]).name} ended with {why}: {' | '.join(s for s in last if s)[-500:]}")

@@ -292,7 +292,7 @@ class Engine:
             while process.returncode is None:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(process.wait(), 5.0)
-                if process.returncode is None and await self._healthy(client):
+                if _runs(process) and await self._healthy(client):
                     heard = time.monotonic()
                 elif time.monotonic() - heard > HUNG:
                     raise EngineError(f"it did not answer /health for {HUNG:.0f} s; its last lines:\n{self._last()}")
@@ -425,6 +425,10 @@ async def _installed(python: str) -> dict[str, str | None]:
         reason = err.decode(errors="replace").strip()[-300:]
         raise EngineError(f"engine.python {python!r} is no usable Python: {reason}")
     return dict(json.loads(out))
+
+
+def _runs(process: asyncio.subprocess.Process) -> bool:
+    return process.returncode is None
 
 
 def _base(url: str) -> str:

@@ -398,14 +398,14 @@ def choose(kind: Literal["auto", "vllm", "cpu"], python: str, found: dict[str, s
         raise EngineError(f"engine.kind is vllm, but {python} has no vLLM; name the one that has it in engine.python")
     if kind == "auto" and not on_cpu and embedded and not any(Path(device).exists() for device in _DEVICES):
         return _embedded(python, "vLLM is built for a GPU and this machine shows none (engine.kind = 'vllm' tries it)")
-    quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    quiet, plain = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}, ["--disable-uvicorn-access-log"]
     if on_cpu:
         # `vllm serve` looks for a distribution called vllm, which the CPU build is not.
-        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32"]
+        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32", *plain]
         env = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | quiet
         env = {name: os.environ.get(name, usual) for name, usual in env.items()}
         return Plan("vllm", command, env, f"vLLM {vllm_cpu or vllm} on CPU")
-    return Plan("vllm", [python, "-m", "vllm.entrypoints.cli.main", "serve"], quiet, f"vLLM {vllm}")
+    return Plan("vllm", [python, "-m", "vllm.entrypoints.cli.main", "serve", *plain], quiet, f"vLLM {vllm}")
 
 
 def _embedded(python: str, why: str) -> Plan:

@@ -1,95 +1,105 @@
-"""The routes that need an admin key: tickets, policies, one turn with its verdicts, the audit log."""
+"""The routes that need an operator's key (scope `admin`), and that act for all tenants: tickets, policies, audit."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from datetime import datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from starlette.responses import JSONResponse, Response
 
-from app.api import JsonResponse, service_of
-from app.errors import ApiError, unavailable
+from app.api import service_of
+from app.auth import identify
+from app.errors import ApiError
 from app.middleware import read_body
-from app.records import Ticket, TicketState
+from app.records import Key, Ticket, TicketState
 from app.schemas import PolicyUpload, TicketAnswer, parse
 from app.service import Service
-from app.store import Conflict, NotFound, StoreError
 from guardrails.check import render
 
 router = APIRouter(prefix="/admin")
 STATES: tuple[TicketState, ...] = ("open", "answered", "closed")
 
 
-async def _admin(request: Request) -> Service:
+async def _admin(request: Request) -> tuple[Service, Key]:
     service = service_of(request)
-    await service.keys.identify(request, "admin")
-    return service
+    key, _ = await identify(service.store, request, "admin")
+    return service, key
 
 
-def _shown(ticket: Ticket) -> dict[str, Any]:
-    return {"object": "ticket"} | asdict(ticket)
+def _shown(kind: str, record: Any) -> dict[str, Any]:
+    """A record as JSON, its times in ISO 8601."""
+    values = {
+        name: value.isoformat() if isinstance(value, datetime) else value for name, value in asdict(record).items()
+    }
+    return {"object": kind} | values
+
+
+def _list(kind: str, records: list[Any]) -> Response:
+    return JSONResponse({"object": "list", "data": [_shown(kind, record) for record in records]})
 
 
 @router.get("/tickets")
-async def tickets(request: Request, state: str | None = None) -> Response:
-    """Tickets, the most urgent first, of one `state` or of all."""
-    service = await _admin(request)
-    if state is not None and state not in STATES:
+async def tickets(request: Request, state: str | None = None, tenant: str | None = None) -> Response:
+    """Tickets, the one that is due first first, of one `state` and `tenant` or of all."""
+    service, _ = await _admin(request)
+    chosen = next((known for known in STATES if known == state), None)
+    if state is not None and chosen is None:
         raise ApiError(400, f"'state' is one of {', '.join(STATES)}.", code="invalid_value", param="state")
-    found = await service.store.tickets(state=next((known for known in STATES if known == state), None))
-    return JsonResponse({"object": "list", "data": [_shown(ticket) for ticket in found]})
+    return _list("ticket", await service.store.tickets(tenant, chosen))
+
+
+@router.get("/tickets/{ticket_id}")
+async def ticket(request: Request, ticket_id: str) -> Response:
+    """One ticket, with its conversation as both sides saw it: what a person needs to answer."""
+    service, _ = await _admin(request)
+    found = await service.store.ticket(ticket_id)
+    if found is None:
+        raise ApiError(404, f"There is no ticket '{ticket_id}'.", code="ticket_not_found", param="ticket_id")
+    turns = await service.store.turns(found.conversation, found.tenant)
+    said = [{"id": turn.id, "asked": turn.asked, "said": turn.said, "action": turn.action} for turn in turns]
+    return JSONResponse(_shown("ticket", found) | {"turns": said})
 
 
 @router.post("/tickets/{ticket_id}/answer")
 async def answer_ticket(request: Request, ticket_id: str) -> Response:
     """Records a person's answer, once; it returns into the conversation with the next turn."""
-    service = await _admin(request)
+    service, _ = await _admin(request)
     told = parse(TicketAnswer, await read_body(request, service.settings.body_limit))
-    try:
-        return JsonResponse(_shown(await service.store.answer_ticket(ticket_id, told.answer, told.by)))
-    except (NotFound, Conflict, StoreError) as error:
-        raise _as_api_error(error, "ticket") from None
+    return _ticket(await service.store.answer_ticket(ticket_id, told.answer, told.by))
 
 
 @router.post("/tickets/{ticket_id}/close")
 async def close_ticket(request: Request, ticket_id: str) -> Response:
     """Closes a ticket that needs no answer."""
-    service = await _admin(request)
-    try:
-        return JsonResponse(_shown(await service.store.close_ticket(ticket_id, "admin")))
-    except (NotFound, Conflict, StoreError) as error:
-        raise _as_api_error(error, "ticket") from None
+    service, key = await _admin(request)
+    return _ticket(await service.store.close_ticket(ticket_id, key.id))
+
+
+def _ticket(ticket: Ticket) -> Response:
+    return JSONResponse(_shown("ticket", ticket))
 
 
 @router.get("/policies")
 async def policies(request: Request, name: str | None = None) -> Response:
     """The stored policy versions, newest first."""
-    service = await _admin(request)
-    return JsonResponse({"object": "list", "data": [asdict(version) for version in await service.policies.versions(name)]})
+    service, _ = await _admin(request)
+    return _list("policy", await service.store.policies(name))
 
 
 @router.post("/policies")
 async def put_policy(request: Request) -> Response:
     """Checks a policy, stores it, and makes it live unless told not to; a failing one changes nothing."""
-    service = await _admin(request)
+    service, _ = await _admin(request)
     told = parse(PolicyUpload, await read_body(request, service.settings.body_limit))
     grader = service.backend if service.engine.state == "ready" else None
     policy, report = await service.policies.put(told.source, told.by, told.activate, grader)
-    return JsonResponse({"object": "policy", "id": policy.id, "active": told.activate, "report": render(report)})
+    return JSONResponse({"object": "policy", "id": policy.id, "active": told.activate, "report": render(report)})
 
 
 @router.get("/audit")
 async def audit(request: Request, limit: int = 100) -> Response:
     """The newest entries of the audit log."""
-    service = await _admin(request)
-    entries = await service.store.audit_log(min(max(limit, 1), 1000))
-    return JsonResponse({"object": "list", "data": [asdict(entry) for entry in entries]})
-
-
-def _as_api_error(error: Exception, what: str) -> ApiError:
-    if isinstance(error, NotFound):
-        return ApiError(404, f"There is no such {what}.", code=f"{what}_not_found")
-    if isinstance(error, Conflict):
-        return ApiError(422, str(error), code="conflict")
-    return unavailable("The database is down.", "store_down", 5)
+    service, _ = await _admin(request)
+    return _list("audit", await service.store.audit_log(min(max(limit, 1), 1000)))

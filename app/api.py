@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from typing import Any
+import re
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import APIRouter, Request
-from fastapi.responses import Response, StreamingResponse
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
-from app.chat import Event, Fault, Piece, answer
+from app.auth import identify
+from app.chat import answer
 from app.errors import ApiError, unavailable
-from app.middleware import read_body
-from app.records import Feedback, FeedbackKind, Key, Tenant, Turn, new_id
+from app.middleware import client_gone, read_body
+from app.records import Feedback, FeedbackKind, Key, Tenant, Ticket, Turn, new_id
 from app.schemas import ChatRequest, FeedbackRequest, parse
 from app.service import Service
-from app.store import Conflict, NotFound, StoreError
+from app.store import StoreError
 
+T = TypeVar("T")
 router = APIRouter()
 CONVERSATION_HEADERS = ("x-conversation-id", "x-openwebui-chat-id", "chatui-conversation-id")
-DONE = b"data: [DONE]\n\n"
-
-
-class JsonResponse(Response):
-    """A JSON answer written by orjson."""
-
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        """The content as JSON bytes."""
-        return orjson.dumps(content)
+CONVERSATION = re.compile(r"[!-~]{1,128}")
+"""Printable ASCII, since it comes back in a header."""
 
 
 def service_of(request: Request) -> Service:
@@ -44,65 +39,82 @@ def service_of(request: Request) -> Service:
 async def chat_completions(request: Request) -> Response:
     """A chat completion, whole or streamed, after the guards of the tenant's policy."""
     service = service_of(request)
-    key, tenant = await service.keys.identify(request)
+    key, tenant = await identify(service.store, request)
     asked = parse(ChatRequest, await read_body(request, service.settings.body_limit))
     _check_engine(service, asked.model)
     turn = _turn(request, service, key, tenant, asked)
-    events = answer(service, tenant, turn, asked)
-    headers = {"x-conversation-id": "", "x-guardrails-id": turn.id}
-    if asked.ignored:
-        headers["x-ignored-parameters"] = ", ".join(asked.ignored)
-    if not asked.stream:
-        return await _whole(request, events, turn, headers)
-    first = await _while_connected(request, _first(events))
-    headers |= {"x-conversation-id": turn.conversation, "x-guardrails-policy": turn.policy, "cache-control": "no-store"}
-    usage = bool(asked.stream_options and asked.stream_options.include_usage)
-    return StreamingResponse(_frames(first, events, turn, usage), media_type="text/event-stream", headers=headers)
+    pieces = answer(service, tenant, turn, asked)
+    if asked.stream:
+        first = await _while_connected(request, anext(pieces))
+        usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        return _EventStream(_frames(first, pieces, turn, usage), pieces, _headers(turn, asked))
+    await _while_connected(request, _exhaust(pieces))
+    return JSONResponse(_completion(turn), headers=_headers(turn, asked) | {"x-guardrails-action": turn.action})
 
 
 def _check_engine(service: Service, model: str) -> None:
     engine = service.engine
     if model != engine.model:
-        raise ApiError(404, f"The model '{model}' does not exist; this gateway serves '{engine.model}'.",
-                       code="model_not_found", param="model")  # fmt: skip
+        raise _unknown_model(service, model)
     if engine.state != "ready":
         why = "cannot be started" if engine.state == "failed" else "is starting"
         raise unavailable(f"The inference engine {why}; try again in a while.", "engine_not_ready", engine.retry_after)
 
 
+def _unknown_model(service: Service, model: str) -> ApiError:
+    message = f"The model '{model}' does not exist; this gateway serves '{service.engine.model}'."
+    return ApiError(404, message, code="model_not_found", param="model")
+
+
 def _turn(request: Request, service: Service, key: Key, tenant: Tenant, asked: ChatRequest) -> Turn:
-    named = next((value for name in CONVERSATION_HEADERS if (value := request.headers.get(name))), "")
-    conversation = named or (asked.metadata or {}).get("conversation_id", "")
-    if len(conversation) > 128:
-        raise ApiError(400, "A conversation id is at most 128 characters long.", code="invalid_value", param="metadata")
-    person = asked.safety_identifier or asked.user or request.headers.get("x-openwebui-user-id", "")
+    headers = request.headers
+    person = asked.safety_identifier or asked.user or headers.get("x-openwebui-user-id", "")
+    retries = headers.get("x-stainless-retry-count", "")
     return Turn(
         id=new_id("chatcmpl-"),
-        conversation=conversation,
+        conversation=_conversation(request, asked),
         tenant=tenant.name,
         key=key.id,
         policy="",
         model=asked.model,
         request_id=request.state.request_id,
-        streamed=asked.stream,
+        streamed=bool(asked.stream),
         subject=service.pseudonym(tenant.name, person),
-        retry_of=request.headers.get("x-stainless-retry-count", "0").replace("0", ""),
+        retry_of=retries if re.fullmatch("[1-9][0-9]?", retries) else "",
     )
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, Event]) -> Event:
-    """The result of `work`, which is cancelled as soon as the client goes away."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+def _conversation(request: Request, asked: ChatRequest) -> str:
+    """The conversation that the client names, or empty."""
+    for name in CONVERSATION_HEADERS:
+        if named := request.headers.get(name):
+            return _sane(named, name)
+    named = (asked.metadata or {}).get("conversation_id", "")
+    return _sane(named, "metadata.conversation_id") if named else ""
+
+
+def _sane(named: str, param: str) -> str:
+    if not CONVERSATION.fullmatch(named):
+        message = (
+            f"Invalid value for '{param}': a conversation id is 1 to 128 printable ASCII characters, without spaces."
+        )
+        raise ApiError(400, message, code="invalid_value", param=param)
+    return named
+
+
+async def _while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled as soon as the client goes away (then ApiError 499)."""
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-            raise ApiError(499, "The client went away.", code="client_gone")
+            raise client_gone()
         return task.result()
     finally:
         gone.cancel()
+        if task.cancel():
+            with suppress(ApiError, asyncio.CancelledError):
+                await task
 
 
 async def _gone(request: Request) -> None:
@@ -110,58 +122,60 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _first(events: AsyncGenerator[Event, None]) -> Event:
-    return await anext(events)
+async def _exhaust(pieces: AsyncGenerator[str, None]) -> None:
+    async with aclosing(pieces):
+        async for _ in pieces:
+            pass
 
 
-async def _last(events: AsyncGenerator[Event, None]) -> Event:
-    """The finished turn; raises ApiError for a fault, since a client that does not stream has seen nothing."""
-    async for event in events:
-        if isinstance(event, Fault):
-            raise event.error
-    return event
+class _EventStream(StreamingResponse):
+    """Frames made of `pieces`, which are closed, and with them the engine's work, however the stream ends."""
+
+    def __init__(self, frames: AsyncIterator[bytes], pieces: AsyncGenerator[str, None], headers: dict[str, str]):
+        super().__init__(frames, headers=headers | {"cache-control": "no-store"}, media_type="text/event-stream")
+        self._pieces = pieces
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the frames until their end, or until the client goes away."""
+        async with aclosing(self._pieces):
+            await super().__call__(scope, receive, send)
 
 
-async def _whole(
-    request: Request, events: AsyncGenerator[Event, None], turn: Turn, headers: dict[str, str]
-) -> Response:
-    await _while_connected(request, _last(events))
-    message = {"role": "assistant", "content": turn.said, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": turn.finish_reason}
-    body = _envelope(turn, "chat.completion") | {"choices": [choice], "usage": _usage(turn), "guardrails": decision(turn)}
-    headers |= {"x-conversation-id": turn.conversation, "x-guardrails-policy": turn.policy}
-    return JsonResponse(body, headers=headers | {"x-guardrails-action": turn.action})
-
-
-async def _frames(
-    first: Event, events: AsyncGenerator[Event, None], turn: Turn, usage: bool
-) -> AsyncIterator[bytes]:
+async def _frames(first: str, pieces: AsyncGenerator[str, None], turn: Turn, usage: bool) -> AsyncIterator[bytes]:
     """The reply as server-sent events; it always ends with a final chunk or an error, and `[DONE]`."""
     head = _envelope(turn, "chat.completion.chunk")
 
     def chunk(delta: dict[str, Any], finish: str | None = None, **more: Any) -> bytes:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
-        return b"data: " + orjson.dumps(head | {"choices": [choice]} | more) + b"\n\n"
+        return _frame(head | {"choices": [choice]} | more)
 
     yield chunk({"role": "assistant", "content": ""}, guardrails={"id": turn.id})
-    event = first
     try:
-        while True:
-            if isinstance(event, Piece):
-                yield chunk({"content": event.text})
-            elif isinstance(event, Fault):
-                yield b"data: " + orjson.dumps(event.error.body) + b"\n\n"
-            else:
-                yield chunk({}, turn.finish_reason, guardrails=decision(turn))
-                if usage:
-                    yield b"data: " + orjson.dumps(head | {"choices": [], "usage": _usage(turn)}) + b"\n\n"
-            try:
-                event = await anext(events)
-            except StopAsyncIteration:
-                break
-        yield DONE
-    finally:
-        await events.aclose()
+        if first:
+            yield chunk({"content": first})
+        async for piece in pieces:
+            if piece:
+                yield chunk({"content": piece})
+        yield chunk({}, turn.finish_reason, guardrails=decision(turn))
+        if usage:
+            yield _frame(head | {"choices": [], "usage": _usage(turn)})
+    except ApiError as error:
+        yield _frame(error.body)
+    yield b"data: [DONE]\n\n"
+
+
+def _frame(data: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def _completion(turn: Turn) -> dict[str, Any]:
+    message = {"role": "assistant", "content": turn.said, "refusal": None}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": turn.finish_reason}
+    return _envelope(turn, "chat.completion") | {
+        "choices": [choice],
+        "usage": _usage(turn),
+        "guardrails": decision(turn),
+    }
 
 
 def _envelope(turn: Turn, kind: str) -> dict[str, Any]:
@@ -173,57 +187,60 @@ def _usage(turn: Turn) -> dict[str, int]:
     return {"prompt_tokens": turn.prompt_tokens, "completion_tokens": turn.completion_tokens, "total_tokens": total}
 
 
+def _headers(turn: Turn, asked: ChatRequest) -> dict[str, str]:
+    headers = {"x-conversation-id": turn.conversation, "x-guardrails-id": turn.id, "x-guardrails-policy": turn.policy}
+    return headers | ({"x-ignored-parameters": ", ".join(asked.ignored)} if asked.ignored else {})
+
+
 def decision(turn: Turn) -> dict[str, Any]:
     """What a client may know of a verdict: the action and where, not which rule or score (an attacker's gradient)."""
-    deciding = (("output", turn.output), ("input", turn.input))
-    stage = next((name for name, verdict in deciding if verdict and verdict.rule == turn.rule and turn.rule), None)
-    ticket = turn.ticket
-    escalation = ticket and {"id": ticket.id, "status": ticket.state, "queue": ticket.queue, "due": ticket.due_at}
+    stages = (("output", turn.output), ("input", turn.input))
+    stage = next((name for name, verdict in stages if verdict and verdict.rule == turn.rule and turn.rule), None)
+    escalation = _handed_over(turn.ticket) if turn.ticket else None
     return {"id": turn.id, "action": turn.action, "stage": stage, "policy": turn.policy, "escalation": escalation}
+
+
+def _handed_over(ticket: Ticket) -> dict[str, Any]:
+    return {"id": ticket.id, "status": ticket.state, "queue": ticket.queue, "due": ticket.due_at.isoformat()}
 
 
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
     """The models that this key may use."""
     service = service_of(request)
-    await service.keys.identify(request)
-    model = {"id": service.engine.model, "object": "model", "created": int(time.time()), "owned_by": "newel"}
-    return JsonResponse({"object": "list", "data": [model]})
+    await identify(service.store, request)
+    return JSONResponse({"object": "list", "data": [_model(service)]})
 
 
 @router.get("/v1/models/{model:path}")
 async def model(request: Request, model: str) -> Response:
     """One model, or 404."""
     service = service_of(request)
-    await service.keys.identify(request)
+    await identify(service.store, request)
     if model != service.engine.model:
-        raise ApiError(404, f"The model '{model}' does not exist.", code="model_not_found", param="model")
-    return JsonResponse({"id": model, "object": "model", "created": int(time.time()), "owned_by": "newel"})
+        raise _unknown_model(service, model)
+    return JSONResponse(_model(service))
+
+
+def _model(service: Service) -> dict[str, Any]:
+    return {"id": service.engine.model, "object": "model", "created": service.started, "owned_by": "newel"}
 
 
 @router.post("/v1/feedback")
 async def feedback(request: Request) -> Response:
     """Records what a person thought of a reply; the same `Idempotency-Key` and body is recorded once."""
     service = service_of(request)
-    _, tenant = await service.keys.identify(request)
+    _, tenant = await identify(service.store, request)
     told = parse(FeedbackRequest, await read_body(request, service.settings.body_limit))
     idempotency = request.headers.get("idempotency-key")
     recorded = []
-    try:
-        for item in judgements(tenant.name, told):
-            key = f"{idempotency}:{item.kind}" if idempotency else None
-            kept, created = await service.store.add_feedback(item, key)
-            recorded.append({"id": kept.id, "kind": kept.kind, "created": created})
-            if created:
-                service.metrics.feedback.labels(kept.kind).inc()
-    except NotFound:
-        raise ApiError(404, "No such reply; 'target' and 'choice.other' are completion ids of your own requests.",
-                       code="target_not_found", param="target") from None  # fmt: skip
-    except Conflict as conflict:
-        raise ApiError(422, str(conflict), code="idempotency_key_reused") from None
-    except StoreError:
-        raise unavailable("Feedback cannot be stored just now.", "store_down", 5) from None
-    return JsonResponse({"object": "feedback", "target": told.target, "recorded": recorded})
+    for item in judgements(tenant.name, told):
+        key = f"{idempotency}:{item.kind}" if idempotency else None
+        kept, created = await service.store.add_feedback(item, key)
+        recorded.append({"id": kept.id, "kind": kept.kind, "created": created})
+        if created:
+            service.metrics.feedback.labels(kept.kind).inc()
+    return JSONResponse({"object": "feedback", "target": told.target, "recorded": recorded})
 
 
 def judgements(tenant: str, told: FeedbackRequest) -> list[Feedback]:
@@ -234,7 +251,7 @@ def judgements(tenant: str, told: FeedbackRequest) -> list[Feedback]:
 
     out: list[Feedback] = []
     if told.rating is not None:
-        value = {"up": 1.0, "down": -1.0}.get(told.rating) if isinstance(told.rating, str) else told.rating
+        value = {"up": 1.0, "down": -1.0}[told.rating] if isinstance(told.rating, str) else told.rating
         out.append(item("rating", value=value))
     if told.comment:
         out.append(item("comment", text=told.comment))
@@ -251,38 +268,34 @@ def judgements(tenant: str, told: FeedbackRequest) -> list[Feedback]:
 async def ticket(request: Request, ticket_id: str) -> Response:
     """Where a ticket of this tenant stands, and the person's answer once there is one."""
     service = service_of(request)
-    _, tenant = await service.keys.identify(request)
-    try:
-        found = await service.store.ticket(ticket_id, tenant.name)
-    except StoreError:
-        raise unavailable("Tickets cannot be read just now.", "store_down", 5) from None
+    _, tenant = await identify(service.store, request)
+    found = await service.store.ticket(ticket_id, tenant.name)
     if found is None:
         raise ApiError(404, f"There is no ticket '{ticket_id}'.", code="ticket_not_found", param="ticket_id")
-    return JsonResponse(
-        {"object": "ticket", "id": found.id, "status": found.state, "queue": found.queue, "due": found.due_at,
-         "answer": found.answer or None, "answered_at": found.answered_at}
-    )  # fmt: skip
+    answered_at = found.answered_at and found.answered_at.isoformat()
+    shown = {"object": "ticket"} | _handed_over(found) | {"answer": found.answer or None, "answered_at": answered_at}
+    return JSONResponse(shown)
 
 
 @router.get("/livez")
 async def livez() -> Response:
     """200 while the process serves."""
-    return JsonResponse({"status": "ok"})
+    return JSONResponse({"status": "ok"})
 
 
 @router.get("/readyz")
 async def readyz(request: Request) -> Response:
     """200 when a turn can be answered, else 503 with what is missing."""
     service = service_of(request)
-    missing = {} if service.engine.state == "ready" else {"engine": service.engine.state}
+    missing: dict[str, str] = {} if service.engine.state == "ready" else {"engine": service.engine.state}
     try:
         await service.store.ping()
     except StoreError:
         missing["store"] = "down"
     if not missing:
-        return JsonResponse({"status": "ready"})
+        return JSONResponse({"status": "ready"})
     headers = {"retry-after": str(service.engine.retry_after)}
-    return JsonResponse({"status": "not ready", "missing": missing}, status_code=503, headers=headers)
+    return JSONResponse({"status": "not ready", "missing": missing}, 503, headers)
 
 
 @router.get("/metrics")
@@ -291,4 +304,8 @@ async def metrics(request: Request) -> Response:
     service = service_of(request)
     service.metrics.engine_ready.set(service.engine.state == "ready")
     service.metrics.engine_restarts.set(service.engine.restarts)
+    service.metrics.waiting.set(service.store.spilled)
+    with suppress(StoreError, TimeoutError):  # a database that is down must not hide what tells so
+        async with asyncio.timeout(1.0):
+            service.metrics.count_deliveries(await service.store.delivery_counts())
     return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import aiohttp
 import orjson
 
 from guardrails.types import Message
 
+T = TypeVar("T")
 Fault = Literal["unreachable", "busy", "rejected", "timeout", "broken"]
 MAX_EVENT = 4_194_304
+"""Bytes of one event; a token with its log-probabilities has some hundred."""
+DONE = b"[DONE]"
 
 
 class BackendError(Exception):
@@ -74,7 +78,10 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """Where the engine is now; read anew for each request, since a restarted engine has another port."""
+    """Where the engine is now; read anew for each request, since a restarted engine has another port.
+
+    without: sampling parameters that this engine must not be sent.
+    """
 
     url: str
     model: str
@@ -85,28 +92,61 @@ class Upstream:
 class OpenAIBackend:
     """A Backend over any server that speaks OpenAI's chat completions."""
 
-    def __init__(self, session: aiohttp.ClientSession, upstream: Callable[[], Upstream], timeouts: Timeouts | None = None):
+    def __init__(
+        self, session: aiohttp.ClientSession, upstream: Callable[[], Upstream], timeouts: Timeouts | None = None
+    ):
         self._session, self._upstream = session, upstream
         self._timeouts = timeouts or Timeouts()
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Delta, None]:
-        """The reply in pieces, in the order that the engine sends them."""
-        upstream = self._upstream()
-        sampling = {name: value for name, value in prompt.sampling.items() if name not in upstream.without}
-        body = _body(upstream, prompt.messages) | sampling
-        body |= {"stream": True, "stream_options": {"include_usage": True}}
-        try:
-            async with asyncio.timeout(self._timeouts.total), self._post(upstream, body) as response:
-                await _raise_for_status(response)
-                finished = False
-                async for event in self._timed(events(response.content.iter_any())):
-                    if event == b"[DONE]":
-                        break
+        """The reply in pieces, in the order that the engine sends them.
+
+        Only waits for the engine are timed: a consumer may take as long as it likes for a piece.
+        """
+        clock = asyncio.get_running_loop().time
+        over = clock() + self._timeouts.total
+        until, speaking = min(over, clock() + self._timeouts.first_token), False
+        body = {"stream": True, "stream_options": {"include_usage": True}, **prompt.sampling}
+        async with self._asked(body, prompt.messages, until) as response:
+            finished = False
+            async with aclosing(events(response.content.iter_any())) as source:
+                while (event := await _within(until, anext(source, DONE))) != DONE:
                     delta = _delta(event)
                     finished = finished or bool(delta.finish_reason)
+                    speaking = speaking or bool(delta.text)
                     yield delta
-                if not finished:
-                    raise BackendError("broken", "The engine broke off in the middle of its reply.")
+                    if speaking:
+                        until = min(over, clock() + self._timeouts.idle)
+            if not finished:
+                raise BackendError("broken", "The engine broke off in the middle of its reply.")
+
+    async def probability(self, messages: Sequence[Message]) -> float:
+        """P(yes) / (P(yes) + P(no)) from the log-probabilities of the first token; raises BackendError, ValueError."""
+        until = asyncio.get_running_loop().time() + self._timeouts.first_token
+        body = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
+        async with self._asked(body, messages, until) as response:
+            return yes_probability(orjson.loads(await _within(until, response.read())))
+
+    @asynccontextmanager
+    async def _asked(
+        self, body: Mapping[str, Any], messages: Sequence[Message], until: float
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The engine's answer to a request, status 200, and its failures as BackendError; hangs up at the end."""
+        upstream = self._upstream()
+        headers = {"content-type": "application/json"}
+        if upstream.api_key:
+            headers["authorization"] = f"Bearer {upstream.api_key}"
+        told = {name: value for name, value in body.items() if name not in upstream.without}
+        told |= {"model": upstream.model, "messages": [{"role": one.role, "content": one.content} for one in messages]}
+        url = f"{upstream.url.rstrip('/')}/chat/completions"
+        try:
+            response = await _within(until, self._session.post(url, data=orjson.dumps(told), headers=headers))
+            try:
+                if response.status != 200:
+                    raise _refusal(response, await _within(until, response.read()))
+                yield response
+            finally:
+                response.close()  # an answer that was read to its end has given its connection back already
         except TimeoutError:
             raise BackendError("timeout", "The engine took too long to answer.") from None
         except aiohttp.ClientConnectorError:
@@ -114,87 +154,54 @@ class OpenAIBackend:
         except (aiohttp.ClientError, ConnectionError):
             raise BackendError("broken", "The connection to the engine broke off.") from None
 
-    async def probability(self, messages: Sequence[Message]) -> float:
-        """P(yes) / (P(yes) + P(no)) from the log-probabilities of the first token."""
-        upstream = self._upstream()
-        ask = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
-        try:
-            async with (
-                asyncio.timeout(self._timeouts.first_token),
-                self._post(upstream, _body(upstream, messages) | ask) as response,
-            ):
-                await _raise_for_status(response)
-                return yes_probability(orjson.loads(await response.read()))
-        except (aiohttp.ClientError, TimeoutError, ConnectionError):
-            raise BackendError("unreachable", "The engine did not answer the grader.") from None
 
-    def _post(self, upstream: Upstream, body: dict[str, Any]) -> Any:
-        headers = {"content-type": "application/json"}
-        if upstream.api_key:
-            headers["authorization"] = f"Bearer {upstream.api_key}"
-        url = f"{upstream.url.rstrip('/')}/chat/completions"
-        return self._session.post(url, data=orjson.dumps(body), headers=headers)
-
-    async def _timed(self, source: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
-        """The events, each within its time: the first within `first_token`, the others within `idle`."""
-        limit = self._timeouts.first_token
-        while True:
-            try:
-                async with asyncio.timeout(limit):
-                    event = await anext(source)
-            except StopAsyncIteration:
-                return
-            limit = self._timeouts.idle
-            yield event
-
-
-def _body(upstream: Upstream, messages: Sequence[Message]) -> dict[str, Any]:
-    said = [{"role": message.role, "content": message.content} for message in messages]
-    return {"model": upstream.model, "messages": said}
-
-
-async def events(chunks: AsyncIterator[bytes]) -> AsyncGenerator[bytes, None]:
+async def events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:
     """The data of each server-sent event, for any split of the bytes (WHATWG HTML, section 9.2.6).
 
     Comments and other fields are skipped, data lines are joined by newlines, CR, LF and CRLF end a line. Raises
     BackendError when one event grows beyond MAX_EVENT bytes. An event that the stream cuts off is dropped.
     """
-    buffer = b""
+    rest, after_cr = b"", False
     data: list[bytes] = []
+    size = 0
     async for chunk in chunks:
-        buffer += chunk
-        if len(buffer) > MAX_EVENT:
+        text = chunk.removeprefix(b"\n") if after_cr else chunk  # the second half of a CRLF
+        after_cr = chunk.endswith(b"\r") or (after_cr and not chunk)
+        *lines, rest = (rest + text).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+        for line in lines:
+            size += len(line)
+            name, _, value = line.partition(b":")
+            if name == b"data":
+                data.append(value.removeprefix(b" "))
+            elif not line:
+                if data:
+                    yield b"\n".join(data)
+                data, size = [], 0
+        if size + len(rest) > MAX_EVENT:
             raise BackendError("broken", "The engine sent an event without an end.")
-        lines = buffer.replace(b"\r\n", b"\n")
-        held = b"\r" if lines.endswith(b"\r") else b""
-        lines = lines[: len(lines) - len(held)].replace(b"\r", b"\n")
-        *complete, rest = lines.split(b"\n")
-        buffer = rest + held
-        for line in complete:
-            if line.startswith(b"data:"):
-                data.append(line[5:].removeprefix(b" "))
-            elif not line and data:
-                yield b"\n".join(data)
-                data = []
+
+
+async def _within(until: float, work: Awaitable[T]) -> T:
+    """What `work` returns, by the time `until` of the loop's clock; raises TimeoutError."""
+    async with asyncio.timeout_at(until):
+        return await work
 
 
 def _delta(event: bytes) -> Delta:
     try:
         frame = orjson.loads(event)
-    except orjson.JSONDecodeError:
-        raise BackendError("broken", "The engine sent an event that is not JSON.") from None
-    if not isinstance(frame, dict):
-        raise BackendError("broken", "The engine sent an event that is not an object.")
-    if error := frame.get("error"):
-        raise _error_frame(error)
-    usage = frame.get("usage") or {}
-    choice = (frame.get("choices") or [{}])[0]
-    return Delta(
-        (choice.get("delta") or {}).get("content") or "",
-        choice.get("finish_reason") or "",
-        usage.get("prompt_tokens") or 0,
-        usage.get("completion_tokens") or 0,
-    )
+        if error := frame.get("error"):
+            raise _error_frame(error)
+        usage = frame.get("usage") or {}
+        choice = (frame.get("choices") or [{}])[0]
+        return Delta(
+            str((choice.get("delta") or {}).get("content") or ""),
+            str(choice.get("finish_reason") or ""),
+            int(usage.get("prompt_tokens") or 0),
+            int(usage.get("completion_tokens") or 0),
+        )
+    except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError, ValueError):
+        raise BackendError("broken", "The engine sent an event that is no chunk of a chat completion.") from None
 
 
 def _error_frame(error: Any) -> BackendError:
@@ -205,17 +212,16 @@ def _error_frame(error: Any) -> BackendError:
     return BackendError("broken", "The engine reported an error in the middle of its reply.")
 
 
-async def _raise_for_status(response: aiohttp.ClientResponse) -> None:
-    if response.status < 400:
-        return
+def _refusal(response: aiohttp.ClientResponse, body: bytes) -> BackendError:
+    """What another status than 200 means."""
     after = response.headers.get("retry-after", "")
-    retry_after = int(after) if after.isdigit() else 2
+    retry_after = int(after) if after.isdecimal() else 2
     if response.status in (429, 503):
-        raise BackendError("busy", "The engine is busy.", retry_after=retry_after)
+        return BackendError("busy", "The engine is busy.", retry_after=retry_after)
     if response.status in (400, 413, 422):
-        message, code = _told(await response.read())
-        raise BackendError("rejected", message, code=code)
-    raise BackendError("broken", f"The engine answered with status {response.status}.", retry_after=retry_after)
+        message, code = _told(body)
+        return BackendError("rejected", message, code=code)
+    return BackendError("broken", f"The engine answered with status {response.status}.", retry_after=retry_after)
 
 
 def _told(body: bytes) -> tuple[str, str]:
@@ -223,17 +229,17 @@ def _told(body: bytes) -> tuple[str, str]:
     try:
         error = orjson.loads(body)["error"]
         message, code = str(error["message"]), str(error.get("code") or "")
-    except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
         return "The engine refused the request.", "invalid_value"
     too_long = "context length" in message or "maximum context" in message
-    return message, "context_length_exceeded" if too_long else code if not code.isdigit() else "invalid_value"
+    return message, "context_length_exceeded" if too_long else code if not code.isdecimal() else "invalid_value"
 
 
 def yes_probability(completion: dict[str, Any]) -> float:
     """P(yes) / (P(yes) + P(no)) over the first token's alternatives; raises ValueError when neither is among them."""
     try:
         alternatives = completion["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    except (KeyError, IndexError, TypeError):
+    except (LookupError, TypeError):
         raise ValueError("the engine returned no log-probabilities") from None
     mass = {"yes": 0.0, "no": 0.0}
     for alternative in alternatives:

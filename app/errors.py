@@ -7,7 +7,10 @@ StoreError        the database (app.store)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
+
+from starlette.responses import JSONResponse
 
 
 class ApiError(Exception):
@@ -22,10 +25,11 @@ class ApiError(Exception):
         param: str | None = None,
         kind: str = "invalid_request_error",
         retry_after: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ):
         super().__init__(message)
         self.status, self.message, self.code, self.param, self.kind = status, message, code, param, kind
-        self.retry_after = retry_after
+        self.retry_after, self.headers = retry_after, dict(headers or {})
 
     @property
     def body(self) -> dict[str, Any]:
@@ -33,12 +37,18 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     @property
-    def headers(self) -> dict[str, str]:
-        """The headers that go with the status."""
-        headers = {} if self.retry_after is None else {"retry-after": str(self.retry_after)}
-        return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+    def response(self) -> JSONResponse:
+        """The answer with its status and the headers that go with it."""
+        headers = self.headers | ({} if self.retry_after is None else {"retry-after": str(self.retry_after)})
+        headers |= {"www-authenticate": "Bearer"} if self.status == 401 else {}
+        return JSONResponse(self.body, self.status, headers)
 
 
 def unavailable(message: str, code: str, retry_after: int) -> ApiError:
     """A 503 that says when to come back."""
     return ApiError(503, message, code=code, kind="server_error", retry_after=retry_after)
+
+
+def internal() -> ApiError:
+    """A 500, which tells nothing of what went wrong: that is in the log."""
+    return ApiError(500, "Something went wrong on our side.", code="internal_error", kind="server_error")

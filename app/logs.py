@@ -5,23 +5,27 @@ from __future__ import annotations
 import logging
 import sys
 from datetime import UTC, datetime
+from types import TracebackType
 from typing import Any
 
 import orjson
 
 log = logging.getLogger("newel")
+SOURCES = ("newel", "app", "alignment", "guardrails", "uvicorn.error", "asyncio")
+"""The loggers whose lines are written; `asyncio` tells of tasks that failed unseen."""
 
 
 class JsonFormatter(logging.Formatter):
     """Formats a record as one line of JSON: time, level, event, and the fields given to `event()`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as JSON; of an exception only its kind and where it came from."""
+        """The record as JSON; of an exception only its kind and place, since its text may quote a person."""
         line: dict[str, Any] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "event": record.getMessage(),
+            # asyncio and uvicorn put the text of an exception into further lines
+            "event": record.getMessage().partition("\n")[0] if record.exc_info else record.getMessage(),
         }
         line |= getattr(record, "fields", {})
         if record.exc_info and record.exc_info[0]:
@@ -30,7 +34,7 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(line, default=str).decode()
 
 
-def _where(trace: Any) -> list[str]:
+def _where(trace: TracebackType | None) -> list[str]:
     """The innermost frames as `file:line function`: enough to find the place, nothing of the data."""
     frames = []
     while trace:
@@ -50,7 +54,7 @@ def configure(level: str) -> None:
     """Sends newel's and uvicorn's logs to stderr as JSON lines."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter())
-    for name in ("newel", "uvicorn.error"):
+    for name in SOURCES:
         logger = logging.getLogger(name)
         logger.handlers[:] = [handler]
         logger.propagate = False

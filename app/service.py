@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
+import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
 
-from app.auth import Keys
 from app.backends import Backend
 from app.engine import Engine
+from app.logs import event
 from app.metrics import Metrics
 from app.policies import PolicyBook
 from app.settings import Settings
@@ -28,24 +30,33 @@ class Service:
     settings: Settings
     secret: bytes
     store: Store
-    keys: Keys
     policies: PolicyBook
     engine: Engine
     backend: Backend
     metrics: Metrics
-    tasks: set[asyncio.Task[Any]] = field(default_factory=set)
+    started: int = field(default_factory=lambda: int(time.time()))
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
-    def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
-        """Runs `work` to its end, whatever happens to the request that asked for it; shutdown waits for it."""
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """The task that runs `work` to its end, whatever happens to the request; shutdown waits for it."""
         task = asyncio.create_task(work)
         self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        task.add_done_callback(self._done)
+        return task
 
-    def fingerprint(self, tenant: str, messages: Sequence[Message]) -> str:
-        """An HMAC of a conversation so far: the same history of the same tenant is recognised, nothing is revealed."""
-        said = orjson.dumps([tenant, *([message.role, message.content] for message in messages)])
+    def _done(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()):
+            event("background_work_failed", logging.ERROR, exc_info=error)
+
+    def fingerprint(self, tenant: str, subject: str, messages: Sequence[Message]) -> str:
+        """An HMAC of a conversation so far, by which the same history of the same person is recognised.
+
+        White space around messages does not count: clients trim it.
+        """
+        said = orjson.dumps([tenant, subject, *([message.role, message.content.strip()] for message in messages)])
         return hmac.new(self.secret, said, hashlib.sha256).hexdigest()
 
-    def pseudonym(self, tenant: str, subject: str) -> str:
+    def pseudonym(self, tenant: str, person: str) -> str:
         """An HMAC that stands for a person, so that what belongs to them can be found without their name."""
-        return hmac.new(self.secret, f"{tenant}\0{subject}".encode(), hashlib.sha256).hexdigest()[:32] if subject else ""
+        return hmac.new(self.secret, f"{tenant}\0{person}".encode(), hashlib.sha256).hexdigest()[:32] if person else ""

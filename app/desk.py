@@ -127,12 +127,14 @@ class Courier:
         if not self._url:
             return
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as session:
+            sent, failing = 0, False
             while True:
                 try:
-                    sent = await self._round(session)
+                    sent, failing = await self._round(session), False
                 except StoreError as error:
-                    log.warning("the outbox cannot be read: %s", error)
-                    sent = 0
+                    if not failing:
+                        log.warning("the outbox cannot be read: %s", error)
+                    sent, failing = 0, True
                 if sent < BATCH:
                     await asyncio.sleep(self._idle)
 

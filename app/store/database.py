@@ -6,8 +6,8 @@ import asyncio
 import fcntl
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_en
 
 from app.store.errors import Conflict, StoreDown, StoreError
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 Work = Callable[[AsyncConnection], Awaitable[T]]
 MIGRATIONS = Path(__file__).with_name("migrations")
@@ -109,31 +110,73 @@ def _name(error: DBAPIError) -> str:
 
 
 class Database:
-    """A pool of connections to one database; every call is one transaction, rolled back when it is cancelled."""
+    """A pool of connections to one database; every call is one transaction, whole or not at all.
 
-    __slots__ = ("_engine", "_turnstile", "_writer")
+    A transaction goes to its end though its caller is cancelled: SQLite would stay locked, because a statement that
+    was cut off in its thread keeps its connection open until the garbage collector finds it.
+    """
+
+    __slots__ = ("_engine", "_line", "_running", "_writer")
 
     def __init__(self, url: URL):
         self._engine = connect(url)
         self._writer = self._engine.execution_options(newel_begin="IMMEDIATE")
-        # SQLite has one writer: waiting in line here is fair and costs no thread, its own busy loop neither
-        self._turnstile = asyncio.Lock() if url.drivername == "sqlite+aiosqlite" else nullcontext()
+        # SQLite has one writer: to wait in line here is fair and costs no thread, its own busy loop is neither
+        self._line = asyncio.Lock() if url.drivername == "sqlite+aiosqlite" else None
+        self._running: set[asyncio.Task[Any]] = set()
 
     async def read(self, work: Work[T]) -> T:
         """What `work` returns, read in one transaction; raises StoreDown."""
-        with our_errors():
-            async with asyncio.timeout(PATIENCE), self._engine.begin() as connection:
-                return await work(connection)
+        return await self._whole(self._transact(self._engine, work))
 
     async def write(self, work: Work[T]) -> T:
         """What `work` returns, when all that it wrote is committed; raises StoreDown, Conflict, StoreError."""
-        with our_errors():
-            async with asyncio.timeout(PATIENCE), self._turnstile, self._writer.begin() as connection:
-                return await work(connection)
+
+        async def transaction() -> T:
+            async with self._place_in_line():
+                return await self._transact(self._writer, work)
+
+        return await self._whole(transaction())
 
     async def close(self) -> None:
-        """Closes every connection."""
+        """Closes every connection, after what is running has ended."""
+        await asyncio.gather(*self._running, return_exceptions=True)
         await self._engine.dispose()
+
+    @asynccontextmanager
+    async def _place_in_line(self) -> AsyncIterator[None]:
+        if self._line is None:
+            yield
+            return
+        async with asyncio.timeout(PATIENCE):
+            await self._line.acquire()
+        try:
+            yield
+        finally:
+            self._line.release()
+
+    async def _transact(self, engine: AsyncEngine, work: Work[T]) -> T:
+        # PostgreSQL can be told to stop; SQLite stops by itself, when it has waited for a lock long enough
+        async with asyncio.timeout(PATIENCE if self._line is None else None), engine.begin() as connection:
+            return await work(connection)
+
+    async def _whole(self, transaction: Coroutine[Any, Any, T]) -> T:
+        task = asyncio.create_task(transaction)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+        with our_errors():
+            try:
+                async with asyncio.timeout(None if self._line is None else PATIENCE):
+                    return await asyncio.shield(task)
+            except (asyncio.CancelledError, TimeoutError):
+                task.add_done_callback(_report)
+                raise
+
+
+def _report(task: asyncio.Task[Any]) -> None:
+    """Tells of a transaction that failed after its caller had gone."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.warning("a transaction that nobody waited for any more failed: %s", type(error).__name__)
 
 
 @cache
@@ -150,7 +193,8 @@ async def insert_new(connection: AsyncConnection, table: Table, rows: Sequence[d
     """How many of `rows` were inserted; those whose key is there already stay as they are."""
     if not rows:
         return 0
-    return (await connection.execute(_insert(connection.dialect.name, table, ()), list(rows))).rowcount
+    statement, options = _insert(connection.dialect.name, table, ()), {"preserve_rowcount": True}
+    return (await connection.execute(statement, list(rows), execution_options=options)).rowcount
 
 
 async def upsert(connection: AsyncConnection, table: Table, row: dict[str, Any], *changes: str) -> None:

@@ -43,8 +43,8 @@ class Store:
     """What is kept.
 
     A look-up returns None for what is not there or belongs to another tenant; a change raises NotFound. Every method
-    may raise StoreDown. A call that is cancelled is rolled back whole: shield what must be kept. Ids are opaque and
-    at most 200 characters where they come from a client.
+    may raise StoreDown. A call that is cancelled still goes to its end; who must know how it ended shields it. Ids
+    are opaque; those that come from a client should be bounded (PostgreSQL indexes no more than 2,704 bytes).
     """
 
     __slots__ = ("_db", "_known_keys", "_replaying", "_spill")

@@ -272,18 +272,20 @@ async def test_errors_of_the_database_never_quote_what_people_wrote(store: Store
     assert "Lisbon" not in " ".join(map(str, chain)) + caplog.text
 
 
-async def test_a_cancelled_call_leaves_the_store_in_order(store: Store, tenant: str) -> None:
-    turns = [begun(tenant) for _ in range(60)]
-    for number, turn in enumerate(turns):
-        task = asyncio.create_task(store.finish(finished(turn)))
-        await asyncio.sleep(number * 0.0002)
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-    await asyncio.gather(*(store.ping() for _ in range(20)))
-    for turn in turns:  # each is there whole, or not at all
+async def test_a_cancelled_call_goes_to_its_end_and_holds_up_nobody(store: Store, tenant: str) -> None:
+    turns = [begun(tenant) for _ in range(40)]
+    async with asyncio.timeout(databases.BUSY_SECONDS - 0.5):  # SQLite used to stay locked for longer
+        for number, turn in enumerate(turns):
+            task = asyncio.create_task(store.finish(finished(turn)))
+            await asyncio.sleep(0.0003 * (number + 1))
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await store.ping()
+    for turn in turns:
         read = await store.turn(turn.id, tenant)
-        assert read is None or (len(read.hits) == 3 and read.finish_reason)
+        assert read is not None
+        assert (len(read.hits), read.finish_reason) == (3, "content_filter")
 
 
 async def test_many_turns_at_once_are_all_kept(store: Store, tenant: str) -> None:
@@ -528,6 +530,7 @@ async def test_a_policy_version_that_is_put_again_stays_as_it_was(store: Store) 
     name = f"hr-{token_hex(4)}"
     first = await store.put_policy(name, "one", "aaa", "ana")
     assert await store.put_policy(name, "one", "aaa", "bob") == first
+    assert [entry.actor for entry in await store.audit_log() if entry.subject == f"{name}@aaa"] == ["ana"]
 
 
 async def test_an_unknown_policy_version_is_not_activated(store: Store) -> None:
@@ -672,7 +675,7 @@ async def test_a_server_that_does_not_answer_is_down_in_time(cluster: Cluster, t
     cluster.freeze(True)
     try:
         started = asyncio.get_running_loop().time()
-        with pytest.raises(StoreDown, match="within 0.5 s"):
+        with pytest.raises(StoreDown, match=r"within 0\.5 s"):
             await store.ping()
         assert asyncio.get_running_loop().time() - started < 15
     finally:

@@ -134,7 +134,7 @@ async def main() -> None:
     with tempfile.TemporaryDirectory() as home:
         env = {"NEWEL_HOME": home, "NEWEL_ENGINE__URL": f"http://127.0.0.1:{upstream}/v1", "NEWEL_DEFAULT_POLICY": "hr"}
         env |= {"NEWEL_PORT": str(gateway), "NEWEL_LOG_LEVEL": "warning", "NEWEL_ENGINE__MODEL": MODEL}
-        newel = [sys.executable, "-m", "app.cli"]
+        newel = [str(Path(sys.executable).with_name("newel"))]
         with process(sys.executable, "-c", UPSTREAM, str(upstream)) as above, process(*newel, "serve", **env) as ours:
             await ready(f"http://127.0.0.1:{upstream}/health")
             await ready(f"http://127.0.0.1:{gateway}/readyz")

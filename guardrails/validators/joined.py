@@ -17,16 +17,17 @@ from guardrails.types import Finding, Reading
 class Group:
     """Spans that are read together, and their union.
 
-    gate: a character class that every match of every span starts with; text without it is settled at once. Their
-    patterns must stay right inside an alternation: no numbered back-references, no global flags.
+    gate: a character class that every match of every span starts with; text without it is settled at once. head: a
+    longer pattern that every match starts with, read first because it fails fast. The spans' patterns must stay right
+    inside an alternation: no numbered back-references, no global flags.
     """
 
     __slots__ = ("gate", "spans", "union")
 
-    def __init__(self, spans: Sequence[Span], gate: str):
+    def __init__(self, spans: Sequence[Span], gate: str, head: str = ""):
         self.spans = tuple(spans)
         self.gate = regex.compile(gate)
-        self.union = Span("", f"(?={gate})(?:{'|'.join(f'(?:{span.pattern})' for span in spans)})")
+        self.union = Span("", f"(?={gate})(?={head})(?:{'|'.join(f'(?:{span.pattern})' for span in spans)})")
 
 
 class GroupReading:

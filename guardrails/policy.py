@@ -34,6 +34,9 @@ WHOLE_TEXT = ("grader", "language", "length")
 NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"
 """How policies and rules are named: names end up in headers, metrics and columns."""
 
+PART = re.compile(r"(?<!\\)(?<!\\[pPN])\{([a-z_]{2,})\}")
+"""`{pay}` in a pattern: the part of that name. Neither `a{2,3}` nor `\\p{lower}` nor `\\{pay}` is meant."""
+
 Word = Literal["allow", "append", "redact", "refuse", "escalate"]
 Model = TypeVar("Model", bound=BaseModel)
 _Shown: TypeAlias = "tuple[_Layer, lines.Path, ExampleTable]"
@@ -104,9 +107,15 @@ class ExampleTable(Table):
 
     ask: str = ""
     answer: str = ""
+    times: int = Field(default=1, ge=1, le=100_000)
     expect: Word
     rule: str = ""
     becomes: str = ""
+
+    @property
+    def text(self) -> str:
+        """What is judged: a long text is a short one, many `times`."""
+        return (self.ask or self.answer) * self.times
 
 
 class PolicyTable(Table):
@@ -116,6 +125,7 @@ class PolicyTable(Table):
     description: str = ""
     extends: str = ""
     persona: str = ""
+    parts: dict[str, str | list[str]] = {}
     input: list[dict[str, Any]] = []
     output: list[dict[str, Any]] = []
     routes: dict[str, dict[str, Any]] = {}
@@ -153,6 +163,7 @@ class _Layer:
     problems: list[Problem]
     path: Path | None = None
     places: dict[lines.Path, int] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=dict)
     top: Mapping[str, Any] = field(default_factory=dict)
     rules: list[_RuleRead] = field(default_factory=list)
     routes: dict[str, RouteTable] = field(default_factory=dict)
@@ -161,6 +172,14 @@ class _Layer:
     def wrong(self, path: lines.Path, what: str, advice: str) -> None:
         """Notes a problem at the line of `path`."""
         self.problems.append(Problem(self.file, lines.nearest(self.places, path), what, advice))
+
+    def filled(self, path: lines.Path, pattern: str) -> str:
+        """`pattern` with the parts that it names in their places."""
+        for name in PART.findall(pattern):
+            if name not in self.parts:
+                advice = _offer(name, list(self.parts), "add a table [parts] that has it")
+                self.wrong(path, f"there is no part {{{name}}} above this line", f"{advice} (\\{{ is a plain brace)")
+        return PART.sub(lambda match: self.parts.get(match[1], ""), pattern)
 
     def read(self, model: type[Model], raw: object, path: lines.Path, whose: str) -> Model | None:
         """`raw` as a `model`, or None with its problems noted."""
@@ -219,7 +238,7 @@ def _resolved(leaf: _Layer, folders: Sequence[Path]) -> Policy:
     layers = _lineage(leaf, folders)
     routes = {name: route for layer in layers for name, route in layer.routes.items()}
     rules = [rule for layer in layers for rule in layer.rules]
-    examples = {(_stage(one[2]), one[2].ask or one[2].answer): one for one in _shown(layers)}
+    examples = {(_stage(one[2]), one[2].text): one for one in _shown(layers)}
     _check(rules, routes, list(examples.values()))
     if leaf.problems:
         raise PolicyError(sorted(set(leaf.problems), key=lambda one: (one.file, one.line)))
@@ -298,6 +317,7 @@ def _read(layer: _Layer) -> None:
         return
     layer.places = lines.lines(layer.source)
     layer.read(PolicyTable, layer.top, (), "the policy")
+    _read_parts(layer)
     for stage in ("input", "output"):
         for number, raw in _tables(layer.top.get(stage)):
             _read_rule(layer, stage, (stage, number), raw)
@@ -308,6 +328,17 @@ def _read(layer: _Layer) -> None:
     for number, raw in _tables(layer.top.get("example")):
         if shown := layer.read(ExampleTable, raw, ("example", number), "the example"):
             layer.examples.append((("example", number), shown))
+
+
+def _read_parts(layer: _Layer) -> None:
+    """Reads the parts of patterns; each may be made of those above it. A list is a choice of its items."""
+    parts = layer.top.get("parts")
+    for name, raw in parts.items() if isinstance(parts, dict) else ():
+        items = [item for item in (raw if isinstance(raw, list) else [raw]) if isinstance(item, str)]
+        if not re.fullmatch(r"[a-z_]{2,}", name):
+            layer.wrong(("parts", name), f"a part has the name {name!r}", "use two or more small letters")
+        filled = [layer.filled(("parts", name, n), item) for n, item in enumerate(items)]
+        layer.parts[name] = f"(?:{'|'.join(filled)})"
 
 
 def _tables(raw: object) -> Iterable[tuple[int, dict[str, Any]]]:
@@ -324,6 +355,11 @@ def _read_rule(layer: _Layer, stage: Stage, path: lines.Path, raw: Mapping[str, 
     if not isinstance(name, str):
         return
     given = {key: raw[key] for key in raw if key not in own}
+    if isinstance(patterns := given.get("patterns"), list):
+        filled = [
+            layer.filled((*path, "patterns", n), one) if isinstance(one, str) else one for n, one in enumerate(patterns)
+        ]
+        given["patterns"] = filled
     built = _built(layer, path, whose, name, given)
     if table and built:
         layer.rules.append(_RuleRead(layer, stage, path, table, *built))
@@ -363,7 +399,7 @@ def _culprits(name: str, options: BaseModel) -> list[tuple[lines.Path, str]]:
         values = getattr(options, key)
         for number, value in enumerate(values if isinstance(values, list) else []):
             if what := _refusal(name, options.model_copy(update={key: [value]})):
-                found.append(((key, number), f"{key}, item {number + 1}: {what}"))
+                found.append(((key, number), what.removeprefix(f"{key}: number 1, ")))
     return found or [((), _refusal(name, options))]
 
 
@@ -430,16 +466,16 @@ def _check_example(layer: _Layer, path: lines.Path, shown: ExampleTable, stages:
         layer.wrong((*path, "rule"), what, _offer(shown.rule, names))
     if shown.rule and shown.expect == "allow":
         layer.wrong((*path, "rule"), "an example that is allowed names a rule", "remove `rule`: no rule decides")
-    if shown.becomes and shown.expect not in ("append", "redact"):
-        what = f"the example has `becomes`, but {shown.expect!r} leaves nothing to compare"
-        layer.wrong((*path, "becomes"), what, "remove `becomes`")
+    changed = ("redact",) if shown.ask else ("redact", "append")
+    if shown.becomes and shown.expect not in changed:
+        layer.wrong((*path, "becomes"), f"{shown.expect!r} does not change this text", "remove `becomes`")
 
 
 def _example(layer: _Layer, path: lines.Path, shown: ExampleTable) -> Example:
     """The example as the check knows it."""
     return Example(
         stage=_stage(shown),
-        text=shown.ask or shown.answer,
+        text=shown.text,
         expect=Action[shown.expect.upper()],
         rule=shown.rule,
         becomes=shown.becomes,

@@ -152,6 +152,7 @@ class Batch:
     def submit(self, sequence: Sequence) -> None:
         """Queues a sequence. Raises Busy when the queue is full."""
         with self._wake:
+            self._waiting = deque(s for s in self._waiting if not s.cancelled)
             if len(self._waiting) >= self._limit:
                 rounds = 1 + len(self._waiting) / len(self._decoder.slots)
                 raise Busy(max(1, min(60, round(rounds * self._seconds))))

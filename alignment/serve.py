@@ -404,9 +404,18 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _load(args: argparse.Namespace) -> Decoder:
+def _cores() -> int:
+    """Returns the cores that we may use: more threads than that wait for each other in every step."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(args.threads or cores)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()  # a container's limit (cgroup v2)
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # none, or "max"
+        return cores
+
+
+def _load(args: argparse.Namespace) -> Decoder:
+    torch.set_num_threads(args.threads or _cores())
     return Decoder(args.model, slots=args.max_num_seqs, context=args.max_model_len, dtype=getattr(torch, args.dtype))
 
 

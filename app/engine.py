@@ -17,6 +17,7 @@ import random
 import secrets
 import socket
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -173,6 +174,9 @@ class Engine:
                 await self._once()
             except (EngineError, pretrained.ModelError, OSError) as error:
                 self.last_error = str(error)
+            except Exception as error:  # the edge: supervision itself must not die unseen
+                log.exception("starting the engine %s failed in a way that is not known", self.model)
+                self.last_error = f"{type(error).__name__}: {error}"
             finally:
                 await self._end()
             self._failures += 1
@@ -237,8 +241,7 @@ class Engine:
         # Converting needs torch: the engine's environment has it whenever it has an engine; ours may have gguf too.
         ours = await _installed(sys.executable)
         python = sys.executable if ours["torch"] and ours["gguf"] else self._settings.python or sys.executable
-        path = await asyncio.to_thread(pretrained.pull, name, home=self._home, report=self._report, python=python)
-        return str(path)
+        return str(await _aside(lambda: pretrained.pull(name, home=self._home, report=self._report, python=python)))
 
     def _report(self, line: str) -> None:
         self.doing = line
@@ -425,6 +428,32 @@ async def _installed(python: str) -> dict[str, str | None]:
         reason = err.decode(errors="replace").strip()[-300:]
         raise EngineError(f"engine.python {python!r} is no usable Python: {reason}")
     return dict(json.loads(out))
+
+
+async def _aside(work: Callable[[], Path]) -> Path:
+    """Returns what `work` returns, done in a thread that nobody waits for at exit (a download may take minutes)."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Path] = loop.create_future()
+
+    def settle(result: Path | None, error: Exception | None) -> None:
+        if done.done():
+            return
+        if error is not None:
+            done.set_exception(error)
+        elif result is not None:
+            done.set_result(result)
+
+    def run() -> None:
+        result, failed = None, None
+        try:
+            result = work()
+        except Exception as error:  # handed over to whoever awaits
+            failed = error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, result, failed)
+
+    threading.Thread(target=run, name="pull", daemon=True).start()
+    return await done
 
 
 def _runs(process: asyncio.subprocess.Process) -> bool:

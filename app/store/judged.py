@@ -47,18 +47,31 @@ async def page(
     withheld = await _withheld(connection, ids)
     answers = {ticket.turn: ticket.answer for ticket in await tickets.load(connection, tables.tickets.c.turn.in_(ids))}
     found = await turns.load(connection, table.c.id.in_(ids))
-    return [_judged(turn, opinions.get(turn.id, ()), answers.get(turn.id, ""), withheld) for turn in found]
+    said = {reply.turn: reply for reply in await _replies(connection, found)}
+    return [
+        _judged(turn, said[turn.id], opinions.get(turn.id, ()), answers.get(turn.id, ""), withheld) for turn in found
+    ]
 
 
-def _reply(turn: Turn) -> Reply:
-    return Reply(turn.id, (*turn.history, Message("user", turn.asked)), turn.said)
+async def _replies(connection: AsyncConnection, found: list[Turn]) -> list[Reply]:
+    """What was said in these turns; nothing where a person's answer to an earlier ticket was said along with it."""
+    news = tables.tickets.c.delivered_in
+    mixed = set((await connection.execute(select(news).where(news.in_([turn.id for turn in found])))).scalars())
+    return [
+        Reply(turn.id, (*turn.history, Message("user", turn.asked)), "" if turn.id in mixed else turn.said)
+        for turn in found
+    ]
 
 
 def _judged(
-    turn: Turn, opinions: tuple[Opinion, ...], answer: str, withheld: dict[tuple[str, str], tuple[Withheld, ...]]
+    turn: Turn,
+    reply: Reply,
+    opinions: tuple[Opinion, ...],
+    answer: str,
+    withheld: dict[tuple[str, str], tuple[Withheld, ...]],
 ) -> Judged:
     return Judged(
-        _reply(turn),
+        reply,
         turn.conversation,
         turn.tenant,
         turn.policy,
@@ -75,7 +88,8 @@ async def _opinions(connection: AsyncConnection, ids: list[str]) -> dict[str, tu
     query = select(*FEEDBACK).where(table.c.turn.in_(ids), table.c.current).order_by(table.c.created_at, table.c.id)
     said = [Feedback(**row) for row in (await connection.execute(query)).mappings()]
     compared = {one.other for one in said if one.other}
-    others = {turn.id: _reply(turn) for turn in await turns.load(connection, tables.turns.c.id.in_(compared))}
+    found_others = await turns.load(connection, tables.turns.c.id.in_(compared))
+    others = {reply.turn: reply for reply in await _replies(connection, found_others)}
     found: dict[str, tuple[Opinion, ...]] = {}
     for one in said:
         opinion = Opinion(one.kind, one.value, one.text, one.choice, others.get(one.other))

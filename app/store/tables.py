@@ -134,6 +134,7 @@ turns = Table(
     _text("rule"),
     _text("finish_reason"),
     _text("error"),
+    _text("ticket", null=True),
     Column("prompt_tokens", Integer, nullable=False),
     Column("completion_tokens", Integer, nullable=False),
     Column("first_token_ms", Float, nullable=True),

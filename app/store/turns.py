@@ -23,7 +23,7 @@ WithheldKind = Literal["asked", "said"]
 _PLAIN = tuple(
     column.name
     for column in tables.turns.c
-    if column.name not in ("history", "finished_at") and not column.name.startswith(("input_", "output_"))
+    if column.name not in ("history", "ticket", "finished_at") and not column.name.startswith(("input_", "output_"))
 )
 _CLOSE = update(tables.turns).where(
     tables.turns.c.id == bindparam("this"),
@@ -39,6 +39,7 @@ def _decision(stage: Stage, verdict: Verdict | None) -> dict[str, str | None]:
 
 def _row(turn: Turn) -> dict[str, Any]:
     row: dict[str, Any] = {name: getattr(turn, name) for name in _PLAIN}
+    row["ticket"] = turn.ticket and turn.ticket.id
     row["history"] = [[message.role, storable(message.content)] for message in turn.history]
     return row | _decision("input", turn.input) | _decision("output", turn.output)
 
@@ -74,6 +75,7 @@ async def finish(connection: AsyncConnection, turn: Turn) -> int:
     """Completes the turn, its ticket and the ticket's announcement; 0 when that was done before.
 
     A turn whose `begin` was lost is inserted whole, and one that was given up as interrupted is completed after all.
+    A ticket that an earlier turn opened is only pointed at.
     """
     if not await _close(connection, turn):
         await begin(connection, turn)
@@ -113,12 +115,10 @@ async def load(connection: AsyncConnection, *where: ColumnElement[bool]) -> list
     )
     if not rows:
         return []
-    matching = select(table.c.id).where(*where)
-    hits = await _hits(connection, tables.verdicts.c.turn.in_(matching))
-    handed_over = {
-        ticket.turn: ticket for ticket in await tickets.load(connection, tables.tickets.c.turn.in_(matching))
-    }
-    return [_turn(row, hits, handed_over.get(row["id"])) for row in rows]
+    hits = await _hits(connection, tables.verdicts.c.turn.in_(select(table.c.id).where(*where)))
+    named = tables.tickets.c.id.in_(select(table.c.ticket).where(*where))
+    handed_over = {ticket.id: ticket for ticket in await tickets.load(connection, named)}
+    return [_turn(row, hits, handed_over.get(row["ticket"])) for row in rows]
 
 
 async def _hits(connection: AsyncConnection, where: ColumnElement[bool]) -> dict[tuple[str, str], tuple[Hit, ...]]:

@@ -374,6 +374,16 @@ async def test_a_ticket_is_answered_once_and_its_answer_delivered_once(store: St
     assert await store.undelivered_answers(tenant, ticket.conversation) == []
 
 
+async def test_a_later_turn_points_at_the_ticket_that_is_open(store: Store, tenant: str) -> None:
+    ticket = await ticket_of(store, tenant)
+    later = finished(begun(tenant, conversation=ticket.conversation), ticket=ticket)
+    await store.begin(later)
+    await store.finish(later)
+    assert await store.turn(later.id, tenant) == as_read(later)
+    assert await store.tickets(tenant) == [ticket]
+    assert len([one for one in await store.deliveries() if one.body["data"]["id"] == ticket.id]) == 1
+
+
 async def test_of_two_answers_at_once_one_wins(store: Store, tenant: str) -> None:
     ticket = await ticket_of(store, tenant)
     answers = (store.answer_ticket(ticket.id, f"from {name}", name) for name in ("ana", "bob", "eve"))
@@ -619,6 +629,17 @@ async def test_judged_turns_carry_opinions_answers_and_what_was_withheld(store: 
     assert (entry.actor, entry.action, entry.subject) == ("export", "turns.export", tenant)
 
 
+async def test_a_reply_that_brought_a_persons_answer_is_not_taken_for_the_models(store: Store, tenant: str) -> None:
+    ticket = await ticket_of(store, tenant)
+    await store.answer_ticket(ticket.id, "Your band is E4.", "ana")
+    bringing = finished(begun(tenant, conversation=ticket.conversation), said="A person has answered: E4.\n\nHello!")
+    await store.finish(bringing)
+    await store.mark_delivered([ticket.id], bringing.id)
+    await store.add_feedback(opinion(bringing, value=-1.0))
+    said = {judged.reply.turn: judged.reply.said async for judged in store.judged_turns(tenant)}
+    assert said == {ticket.turn: "A person will answer.", bringing.id: ""}
+
+
 async def test_judged_turns_can_start_where_the_last_export_ended(store: Store, tenant: str) -> None:
     old, new = await kept(store, begun(tenant)), await kept(store, begun(tenant))
     await store.add_feedback(replace(opinion(old), created_at=now() - timedelta(days=2)))
@@ -780,7 +801,7 @@ def test_the_turn_has_no_field_that_the_store_forgets() -> None:
     """A field added to a record needs a column, or a word here."""
     from app.records import Turn
 
-    elsewhere = {"history", "withheld_asked", "withheld_said", "input", "output", "ticket"}
+    elsewhere = {"withheld_asked", "withheld_said", "input", "output"}
     columns = {column.name for column in metadata.tables["turns"].c}
     assert {field.name for field in fields(Turn)} - elsewhere <= columns
     assert {field.name for field in fields(Ticket)} <= {column.name for column in metadata.tables["tickets"].c}

@@ -49,7 +49,7 @@ async def chat_completions(request: Request) -> Response:
         usage = bool(asked.stream_options and asked.stream_options.include_usage)
         return _EventStream(_frames(first, pieces, turn, usage), pieces, _headers(turn, asked))
     await _while_connected(request, _exhaust(pieces))
-    return JSONResponse(_completion(turn), headers=_headers(turn, asked) | {"x-guardrails-action": turn.action})
+    return JSONResponse(_completion(turn), headers=_headers(turn, asked))
 
 
 def _check_engine(service: Service, model: str) -> None:
@@ -149,7 +149,7 @@ async def _frames(first: str, pieces: AsyncGenerator[str, None], turn: Turn, usa
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
         return _frame(head | {"choices": [choice]} | more)
 
-    yield chunk({"role": "assistant", "content": ""}, guardrails={"id": turn.id})
+    yield chunk({"role": "assistant", "content": ""}, guardrails=decision(turn) if turn.ended else {"id": turn.id})
     try:
         if first:
             yield chunk({"content": first})
@@ -188,7 +188,9 @@ def _usage(turn: Turn) -> dict[str, int]:
 
 
 def _headers(turn: Turn, asked: ChatRequest) -> dict[str, str]:
+    """What is known when the answer begins."""
     headers = {"x-conversation-id": turn.conversation, "x-guardrails-id": turn.id, "x-guardrails-policy": turn.policy}
+    headers |= {"x-guardrails-action": turn.action} if turn.ended else {}
     return headers | ({"x-ignored-parameters": ", ".join(asked.ignored)} if asked.ignored else {})
 
 

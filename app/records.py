@@ -87,6 +87,11 @@ class Turn:
     created_at: datetime = field(default_factory=now)
 
     @property
+    def ended(self) -> bool:
+        """True when nothing more will be said or decided."""
+        return self.total_ms is not None
+
+    @property
     def hits(self) -> tuple[tuple[str, Hit], ...]:
         """(stage, hit) for every rule that fired or broke."""
         stages = (("input", self.input), ("output", self.output))

@@ -41,7 +41,7 @@ class ChatMessage(Body):
         texts = [part.get("text") for part in value if isinstance(part, dict) and part.get("type") == "text"]
         strings = [text for text in texts if isinstance(text, str)]
         if len(strings) < len(value):
-            raise ValueError("only text parts are served, {'type': 'text', 'text': '...'}")
+            raise ValueError("only text parts are served, such as {'type': 'text', 'text': 'Hello'}")
         return "".join(strings)
 
     @model_validator(mode="after")

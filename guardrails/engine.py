@@ -319,13 +319,17 @@ async def judge_messages(
 
 
 def _refused_before(rules: Sequence[Rule], messages: Sequence[Message]) -> set[int]:
-    """The places of questions that were answered by a rule's own reply, and of those replies."""
-    replies = tuple(rule.reply for rule in rules if rule.action.stops and rule.reply)
+    """The places of questions that were answered by a rule's own reply, and of those replies.
+
+    A person's answer may stand before the reply, and a ticket's number after it. A question that no rule could read
+    counts too: nothing is known about it.
+    """
+    replies = [BROKEN_REPLY, *(rule.reply for rule in rules if rule.action.stops and rule.reply)]
     out: set[int] = set()
     for i in range(1, len(messages)):
         asked, answered = messages[i - 1], messages[i]
-        if asked.role == "user" and answered.role == "assistant" and replies and answered.content.startswith(replies):
-            out |= {i - 1, i}
+        if asked.role == "user" and answered.role == "assistant":
+            out |= {i - 1, i} if any(reply in answered.content for reply in replies) else set()
     return out
 
 

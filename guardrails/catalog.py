@@ -75,7 +75,6 @@ def _entry(name: str) -> Entry:
     return _load(point)
 
 
-@cache
 def _load(point: EntryPoint) -> Entry:
     try:
         entry = point.load()

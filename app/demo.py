@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import aiohttp
 import orjson
@@ -37,6 +37,9 @@ from app.export import export
 from app.records import KeyScope, Tenant, Ticket, Turn, now
 from app.settings import Settings
 from app.store import Store
+
+News: TypeAlias = "asyncio.Queue[tuple[dict[str, str], bytes]]"
+"""What the webhook received: headers by their small names, and the body."""
 
 TENANT, POLICY = "demo", "hr"
 MAX_TOKENS = 120
@@ -101,7 +104,7 @@ class Tour:
     kept: Kept
     store: Store
     home: Path
-    news: asyncio.Queue[tuple[dict[str, str], bytes]]
+    news: News
     since: datetime = field(default_factory=now)
     turns: dict[str, Turn] = field(default_factory=dict)
     talks: dict[str, list[dict[str, str]]] = field(default_factory=dict)
@@ -303,28 +306,28 @@ def _short(text: str, length: int = 100) -> str:
 async def run(settings: Settings, port: int | None, leave: bool) -> int:
     """0 when the tour went as it should and the stack was stopped; raises Refusal with the reason otherwise."""
     console = Console(highlight=False)
-    home = settings.home if "home" in settings.model_fields_set else settings.home / "demo"
-    settings = settings.model_copy(update={"home": home, "port": _port(console, settings, port)})
-    began = time.perf_counter()
+    home = settings.home / "demo"
+    port = _port(console, settings, port)
+    base, began = f"http://127.0.0.1:{port}", time.perf_counter()
     async with AsyncExitStack() as stack:
         stack.enter_context(_alone(home))
         console.print(f"newel demo: everything is kept in {home}")
-        await _model(console, settings)
+        model = await _model(console, settings)
         with _phase(console, "database and keys"):
-            store = await Store.open(settings.database_url, home / "spill")
+            store = await Store.open(_database(home), home / "spill")
             stack.push_async_callback(store.close)
             kept = await _prepare(store, home / "demo.json")
         url, news = await stack.enter_async_context(_receiver())
-        process = await stack.enter_async_context(_gateway(settings, url, kept))
+        process = await stack.enter_async_context(_gateway(home, port, model, url, kept.webhook))
         http = await stack.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)))
-        base = f"http://127.0.0.1:{settings.port}"
         with _phase(console, "gateway and engine") as tell:
-            await _ready(http, f"{base}/readyz", process, settings, tell)
+            await _ready(http, f"{base}/readyz", process, settings.engine.start_timeout, tell, home)
         model = await _served(http, base, kept.client)
         console.print(f"up after {time.perf_counter() - began:.1f} s: {base}, model {model}, policy {POLICY}")
         await _walk(Tour(console, http, base, model, kept, store, home, news))
         if not leave and sys.stdout.isatty() and not os.environ.get("CI"):
-            await _stay(console, settings, base, model, kept, process, news)
+            console.print(_how_to_go_on(settings, base, model, kept.client), markup=False, soft_wrap=True)
+            await _stay(console, process, news)
         with _phase(console, "stopping"):
             await stack.aclose()
     return 0
@@ -344,17 +347,8 @@ async def _walk(tour: Tour) -> None:
     tour.console.print(f"\n{len(TOUR)} steps, each as it should be, in {seconds:.1f} s", style="bold")
 
 
-async def _stay(
-    console: Console,
-    settings: Settings,
-    base: str,
-    model: str,
-    kept: Kept,
-    process: asyncio.subprocess.Process,
-    news: asyncio.Queue[tuple[dict[str, str], bytes]],
-) -> None:
-    """Tells how to go on, then what the webhook receives, until Ctrl-C or the end of the gateway."""
-    console.print(_how_to_go_on(settings.home, base, model, kept.client), markup=False, soft_wrap=True)
+async def _stay(console: Console, process: asyncio.subprocess.Process, news: News) -> None:
+    """Tells what the webhook receives, until Ctrl-C; raises Refusal when the gateway ends before."""
     ended = asyncio.create_task(process.wait())
     try:
         while not ended.done():
@@ -367,10 +361,11 @@ async def _stay(
     except asyncio.CancelledError:
         console.print()
         return
-    raise Refusal(f"the gateway ended:\n{_tail(settings.home)}")
+    raise Refusal("the gateway ended of itself")
 
 
-def _how_to_go_on(home: Path, base: str, model: str, key: str) -> str:
+def _how_to_go_on(settings: Settings, base: str, model: str, key: str) -> str:
+    database = " NEWEL_DATABASE=" if settings.database else ""
     ask = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "How do I ask for a raise?"}}]}}'
     return f"""
 It keeps running; Ctrl-C stops it. In another terminal:
@@ -379,7 +374,7 @@ It keeps running; Ctrl-C stops it. In another terminal:
     curl {base}/v1/chat/completions -H "Authorization: Bearer $NEWEL_KEY" \\
          -d '{ask}'
 
-    export NEWEL_HOME={home}
+    export NEWEL_HOME={settings.home / "demo"}{database}
     newel turn chatcmpl-...        # what was decided about a reply, and why
     newel tickets list
 
@@ -442,14 +437,19 @@ def _is_free(port: int) -> bool:
     return True
 
 
-async def _model(console: Console, settings: Settings) -> None:
-    """Gets the model, unless an engine elsewhere has it."""
+async def _model(console: Console, settings: Settings) -> str:
+    """The folder of the model, which all gateways of this home share; empty when an engine elsewhere has it."""
     if settings.engine.url:
-        return
+        return ""
     wanted, python = settings.engine.model, converter(settings)
     there = pretrained.find(wanted, home=settings.home)
     with _phase(console, f"model ({'cached' if there else 'once'})") as tell:
-        await asyncio.to_thread(pretrained.pull, wanted, home=settings.home, report=tell, python=python)
+        return str(await asyncio.to_thread(pretrained.pull, wanted, home=settings.home, report=tell, python=python))
+
+
+def _database(home: Path) -> str:
+    """The demo's own database: not the one of a gateway that serves people, whose webhooks it would take."""
+    return f"sqlite+aiosqlite:///{home / 'newel.db'}"
 
 
 async def _prepare(store: Store, path: Path) -> Kept:
@@ -475,9 +475,9 @@ def _read(path: Path) -> Kept:
 
 
 @asynccontextmanager
-async def _receiver() -> AsyncIterator[tuple[str, asyncio.Queue[tuple[dict[str, str], bytes]]]]:
+async def _receiver() -> AsyncIterator[tuple[str, News]]:
     """A webhook receiver on loopback: its URL, and what it is sent."""
-    news: asyncio.Queue[tuple[dict[str, str], bytes]] = asyncio.Queue()
+    news: News = asyncio.Queue()
 
     async def hook(request: web.Request) -> web.Response:
         await news.put(({name.lower(): value for name, value in request.headers.items()}, await request.read()))
@@ -495,17 +495,17 @@ async def _receiver() -> AsyncIterator[tuple[str, asyncio.Queue[tuple[dict[str, 
 
 
 @asynccontextmanager
-async def _gateway(settings: Settings, webhook: str, kept: Kept) -> AsyncIterator[asyncio.subprocess.Process]:
+async def _gateway(
+    home: Path, port: int, model: str, webhook: str, secret: str
+) -> AsyncIterator[asyncio.subprocess.Process]:
     """`newel serve` in a process of its own, which does not outlive this one; its log is in the home."""
-    environment = os.environ | {
-        "NEWEL_HOME": str(settings.home),
-        "NEWEL_WEBHOOK__URL": webhook,
-        "NEWEL_WEBHOOK__SECRET": kept.webhook,
-    }
+    changes = {"HOME": str(home), "DATABASE": _database(home), "WEBHOOK__URL": webhook, "WEBHOOK__SECRET": secret}
+    changes |= {"ENGINE__MODEL": model} if model else {}
+    environment = os.environ | {f"NEWEL_{name}": value for name, value in changes.items()}
     newel = [sys.executable, "-P", "-c", "from app.cli import main; main()"]
-    serve = [*newel, "serve", "--host", "127.0.0.1", "--port", str(settings.port)]
+    serve = [*newel, "serve", "--host", "127.0.0.1", "--port", str(port)]
     leash = [sys.executable, "-I", str(Path(__file__).with_name("leash.py")), "30"]
-    log = _log(settings.home)
+    log = _log(home)
     log.parent.mkdir(parents=True, exist_ok=True)
     held, letting_go = os.pipe()
     with log.open("wb") as file:
@@ -534,11 +534,12 @@ async def _ready(
     http: aiohttp.ClientSession,
     url: str,
     process: asyncio.subprocess.Process,
-    settings: Settings,
+    patience: float,
     tell: Callable[[str], None],
+    home: Path,
 ) -> None:
     """Returns as soon as the gateway can answer; raises Refusal when it ended, or its engine cannot be started."""
-    deadline, before = time.monotonic() + settings.engine.start_timeout, ""
+    deadline, before = time.monotonic() + patience, ""
     while process.returncode is None and time.monotonic() < deadline:
         try:
             async with http.get(url) as answer:
@@ -553,7 +554,7 @@ async def _ready(
             tell(f"engine: {state}" if " " not in state else state)
             before = state
         await asyncio.sleep(0.1)
-    raise Refusal(f"the stack did not start; the end of its log:\n{_tail(settings.home)}")
+    raise Refusal(f"the stack did not start; the end of its log:\n{_tail(home)}")
 
 
 async def _served(http: aiohttp.ClientSession, base: str, key: str) -> str:

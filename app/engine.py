@@ -42,6 +42,8 @@ _LOG_BYTES = 5_000_000
 # How long a start takes until it was measured here, in seconds.
 _USUAL_START = {"external": 5.0, "vllm": 90.0, "cpu": 15.0}
 _DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel0")
+# Threads of a CPU engine sleep and do not spin while they wait for each other: on shared cores that is 2 to 5 times as fast.
+_SHARED_CORES = {"OMP_WAIT_POLICY": "passive"}
 _ASK = """
 import importlib.metadata as m, json
 def v(name):
@@ -405,14 +407,19 @@ def choose(kind: Literal["auto", "vllm", "cpu"], python: str, found: dict[str, s
     if on_cpu:
         # `vllm serve` looks for a distribution called vllm, which the CPU build is not.
         command = [python, "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32", *plain]
-        env = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | quiet
+        env = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | _SHARED_CORES | quiet
         env = {name: os.environ.get(name, usual) for name, usual in env.items()}
         return Plan("vllm", command, env, f"vLLM {vllm_cpu or vllm} on CPU")
     return Plan("vllm", [python, "-m", "vllm.entrypoints.cli.main", "serve", *plain], quiet, f"vLLM {vllm}")
 
 
 def _embedded(python: str, why: str) -> Plan:
-    return Plan("cpu", [python, "-m", "alignment.serve"], {"TQDM_DISABLE": "1"}, f"the embedded CPU engine: {why}")
+    return Plan(
+        "cpu",
+        [python, "-m", "alignment.serve"],
+        {"TQDM_DISABLE": "1"} | _SHARED_CORES,
+        f"the embedded CPU engine: {why}",
+    )
 
 
 async def _installed(python: str) -> dict[str, str | None]:

@@ -1,5 +1,7 @@
 """What every validator that reads streams promises, over the tables of all of their tests."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -95,3 +97,13 @@ def test_of_ordinary_text_little_is_held_back(name, most):
             assert not found
             held = max(held, end - settled)
     assert held <= most
+
+
+@pytest.mark.parametrize("name", ["personal", "secrets", "injection"])
+@pytest.mark.parametrize("unit", ["89 ", "1 ", "1111 ", "+1(", "a@a.", "token=", "eyJaaaaaaaa.", "<!--", "ignore all "])
+def test_hostile_text_costs_little(name, unit):
+    text = unit * (8000 // len(unit))
+    start = time.process_time()
+    for reading in GUARDS[name][0].readings():
+        reading.read(text, True)
+    assert time.process_time() - start < 3

@@ -52,26 +52,29 @@ def spans(regions: Sequence[str]) -> list[Span]:
 
 def _dialled(regions: Sequence[str]) -> Accept:
     """True for what some country dials: international numbers by validity, national ones also by their grouping."""
-    lengths = {region: _lengths(region) for region in regions}
+    shapes = [(region, *_shape(region)) for region in regions]
 
     def accept(text: str) -> bool:
-        sizes = tuple(len(group) for group in "".join(c if c.isdigit() else " " for c in text).split())
         if text[0] == "+":
             return _is_valid(text, None)
-        return sizes not in DATES and any(
-            sum(sizes) in lengths[region] and _is_grouped(text, region) for region in regions
+        groups = "".join(c if c.isdigit() else " " for c in text).split()
+        digits = "".join(groups)
+        return tuple(map(len, groups)) not in DATES and any(
+            len(digits) in lengths and digits.startswith(trunk) and _is_grouped(text, region)
+            for region, trunk, lengths in shapes
         )
 
     return accept
 
 
-def _lengths(region: str) -> set[int]:
-    """How many digits a number of this region may have, with and without the prefix of long-distance calls."""
+def _shape(region: str) -> tuple[str, set[int]]:
+    """How a region's numbers start within the country ("0", or anything), and how many digits they may have."""
     metadata = phonenumbers.PhoneMetadata.metadata_for_region(region)
     if metadata is None or metadata.general_desc is None:
-        return set()
+        return "", set()
+    prefix = metadata.national_prefix or ""
     national = set(metadata.general_desc.possible_length)
-    return national | {length + len(metadata.national_prefix or "") for length in national}
+    return ("0" if prefix == "0" else "", national | {length + len(prefix) for length in national})
 
 
 def _is_valid(text: str, region: str | None) -> bool:

@@ -306,7 +306,7 @@ def test_a_child_may_not_take_a_rules_name_from_its_parent(tmp_path: Path) -> No
 def test_the_problems_of_a_parent_are_said_with_its_file(tmp_path: Path) -> None:
     (tmp_path / "house.toml").write_text(PARENT.replace('due = "15m"', 'due = "15"'))
     [problem] = problems(CHILD, tmp_path)
-    assert "house.toml:25: " in problem
+    assert "house.toml:24: " in problem
 
 
 def test_a_circle_of_parents_is_an_error(tmp_path: Path) -> None:

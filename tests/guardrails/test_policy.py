@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from guardrails import catalog
+from guardrails.check import check, render
 from guardrails.engine import judge_messages
 from guardrails.lines import lines, nearest
 from guardrails.policy import ExampleTable, PolicyError, PolicyTable, RouteTable, RuleTable, load, loads
@@ -374,3 +375,11 @@ def test_every_key_of_the_schema_is_on_its_page(table: type[PolicyTable]) -> Non
 def test_every_validator_is_named_on_the_page() -> None:
     page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
     assert [name for name in catalog.BUILT_IN if f"`{name}`" not in page] == []
+
+
+async def test_the_worked_example_of_the_page_passes_its_check() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
+    source = page.split("```toml\n")[1].split("```")[0].replace('extends = "base"', "")
+    report = await check(loads(source, "policies.md"))
+    assert report.passed, render(report)
+    assert len(report.results) == 5

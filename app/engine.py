@@ -42,7 +42,7 @@ _LOG_BYTES = 5_000_000
 # How long a start takes until it was measured here, in seconds.
 _USUAL_START = {"external": 5.0, "vllm": 90.0, "cpu": 15.0}
 _DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel0")
-# Threads of a CPU engine sleep and do not spin while they wait for each other: on shared cores that is 2 to 5 times as fast.
+# Threads of a CPU engine sleep while they wait for each other, and do not spin: 2 to 5 times as fast on shared cores.
 _SHARED_CORES = {"OMP_WAIT_POLICY": "passive"}
 _ASK = """
 import importlib.metadata as m, json

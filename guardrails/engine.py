@@ -25,8 +25,12 @@ from guardrails.types import (
     Rule,
     Scope,
     StreamValidator,
+    Validator,
     Verdict,
 )
+
+LONG = 20_000
+"""Characters from which on a question is read in a thread, within its rule's budget."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -240,14 +244,22 @@ def _delivered(text: str, hits: tuple[Hit, ...], rules: Sequence[Rule]) -> Verdi
 async def _find(rule: Rule, text: str, context: Context) -> tuple[list[Finding], str]:
     """(findings at or above the threshold, the kind of error or empty)."""
     try:
-        if isinstance(rule.validator, StreamValidator):
+        if isinstance(rule.validator, StreamValidator) and len(text) <= LONG:
             findings = await rule.validator.find(text, context)
         else:
             async with asyncio.timeout(rule.budget):
-                findings = await rule.validator.find(text, context)
+                findings = await _found(rule.validator, text, context)
     except Exception as error:
         return [], type(error).__name__
     return [finding for finding in findings if finding.score >= rule.threshold], ""
+
+
+async def _found(validator: Validator, text: str, context: Context) -> Sequence[Finding]:
+    """The findings of a slow validator; one that reads a long text does so aside, so that other requests go on."""
+    if not isinstance(validator, StreamValidator):
+        return await validator.find(text, context)
+    readings = validator.readings()
+    return await asyncio.to_thread(lambda: [found for reading in readings for found in reading.read(text, True)[0]])
 
 
 async def judge(rules: Sequence[Rule], text: str, context: Context | None = None) -> Verdict:
@@ -337,7 +349,8 @@ def _input_verdict(rules: Sequence[Rule], hits: Sequence[Hit], seen: Sequence[Me
     by_name = {rule.name: rule for rule in rules}
     enforced = [hit for hit in hits if hit.mode == "enforce"]
     action = max((hit.action for hit in enforced), default=Action.ALLOW)
-    decider = next((hit for hit in enforced if hit.action is action and action), None)
+    strictest = [hit for hit in enforced if hit.action is action and action]
+    decider = min(strictest, key=lambda hit: bool(hit.broken), default=None)  # a rule's own reply says more
     last = next((message.content for message in reversed(seen) if message.role == "user"), "")
     if decider is None or not action.stops:
         return Verdict(action, last, rule=decider.rule if decider else "", hits=tuple(hits))

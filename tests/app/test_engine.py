@@ -20,6 +20,7 @@ from aiohttp import web
 from pydantic import SecretStr
 
 from app import engine as engine_module
+from app import launch
 from app.engine import Engine, Pauses
 from app.launch import EngineError, choose
 from app.settings import EngineSettings
@@ -256,7 +257,7 @@ def test_vllm_comes_before_the_embedded_engine_and_the_cpu_build_is_started_its_
 
 def test_vllm_for_a_gpu_needs_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     both = {**EMBEDDED, "vllm": "0.33.0"}
-    monkeypatch.setattr(engine_module, "_DEVICES", (str(tmp_path / "gpu0"),))
+    monkeypatch.setattr(launch, "_DEVICES", (str(tmp_path / "gpu0"),))
     assert choose("auto", "py", both).kind == "cpu"
     assert choose("vllm", "py", both).kind == "vllm"
     (tmp_path / "gpu0").write_text("")

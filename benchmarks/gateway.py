@@ -31,12 +31,14 @@ from aiohttp import web
 async def chat(request):
     body = await request.json()
     if not body.get("stream"):
-        return web.json_response({{"choices": [{{"index": 0, "message": {{"role": "assistant", "content": "word " * {PIECES}}}, "finish_reason": "stop"}}]}})
+        message = {{"role": "assistant", "content": "word " * {PIECES}}}
+        return web.json_response({{"choices": [{{"index": 0, "message": message, "finish_reason": "stop"}}]}})
     response = web.StreamResponse(headers={{"content-type": "text/event-stream"}})
     await response.prepare(request)
     for _ in range({PIECES}):
         await response.write(b'data: {{"choices":[{{"index":0,"delta":{{"content":"word "}}}}]}}\\n\\n')
-    await response.write(b'data: {{"choices":[{{"index":0,"delta":{{}},"finish_reason":"stop"}}]}}\\n\\ndata: [DONE]\\n\\n')
+    await response.write(b'data: {{"choices":[{{"index":0,"delta":{{}},"finish_reason":"stop"}}]}}\\n\\n')
+    await response.write(b'data: [DONE]\\n\\n')
     return response
 async def ok(request):
     return web.json_response({{"data": [{{"id": "{MODEL}"}}]}})
@@ -60,7 +62,9 @@ def free_port() -> int:
 @contextmanager
 def process(*command: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
     """A running command, stopped at the end; its output goes to /dev/null."""
-    running = subprocess.Popen(command, cwd=ROOT, env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         yield running
     finally:
@@ -72,6 +76,12 @@ def cpu_seconds(pid: int) -> float:
     """User and system seconds that a process has used (proc(5))."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def new_key(newel: list[str], env: dict[str, str]) -> str:
+    """A fresh API key of the gateway's default tenant."""
+    made = subprocess.run([*newel, "keys", "create"], env=os.environ | env, cwd=ROOT, capture_output=True, check=True)
+    return made.stdout.decode().strip()
 
 
 async def ready(url: str) -> None:
@@ -138,9 +148,8 @@ async def main() -> None:
         with process(sys.executable, "-c", UPSTREAM, str(upstream)) as above, process(*newel, "serve", **env) as ours:
             await ready(f"http://127.0.0.1:{upstream}/health")
             await ready(f"http://127.0.0.1:{gateway}/readyz")
-            made = subprocess.run([*newel, "keys", "create", "--json"], env=os.environ | env, cwd=ROOT, capture_output=True)
-            key = json.loads(made.stdout)["secret"]
-            print(f"{'path':<8} {'reply':<7} {'at once':>7} {'requests/s':>10} {'p50 ms':>8} {'p99 ms':>8} {'CPU us/req':>12}")
+            key = new_key(newel, env)
+            print("path     reply   at once requests/s   p50 ms   p99 ms   CPU us/req")
             await measure("direct", f"http://127.0.0.1:{upstream}", "", above.pid)
             await measure("newel", f"http://127.0.0.1:{gateway}", key, ours.pid)
 

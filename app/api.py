@@ -234,14 +234,12 @@ async def feedback(request: Request) -> Response:
     service = service_of(request)
     _, tenant = await identify(service.store, request)
     told = parse(FeedbackRequest, await read_body(request, service.settings.body_limit))
-    idempotency = request.headers.get("idempotency-key")
-    recorded = []
-    for item in judgements(tenant.name, told):
-        key = f"{idempotency}:{item.kind}" if idempotency else None
-        kept, created = await service.store.add_feedback(item, key)
-        recorded.append({"id": kept.id, "kind": kept.kind, "created": created})
+    said, key = judgements(tenant.name, told), request.headers.get("idempotency-key")
+    kept = await service.store.add_feedback(*said, idempotency_key=key)
+    for one, created in kept:
         if created:
-            service.metrics.feedback.labels(kept.kind).inc()
+            service.metrics.feedback.labels(one.kind).inc()
+    recorded = [{"id": one.id, "kind": one.kind, "created": created} for one, created in kept]
     return JSONResponse({"object": "feedback", "target": told.target, "recorded": recorded})
 
 

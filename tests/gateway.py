@@ -212,6 +212,13 @@ class Gateway:
         return (await self.service.store.add_key(name, scope))[1]
 
 
+def spoken(raw: bytes) -> str:
+    """The text in a stream of chunks."""
+    frames = [orjson.loads(line[6:]) for line in raw.splitlines() if line.startswith(b"data: {")]
+    choices = [choice for frame in frames for choice in frame.get("choices", ())]
+    return "".join(choice["delta"].get("content", "") for choice in choices)
+
+
 async def until(look: Callable[[], Awaitable[Any]], timeout: float = 5.0) -> Any:
     """What `look` returns, as soon as that is something."""
     async with asyncio.timeout(timeout):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 from sqlalchemy import insert, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from app.records import Feedback
+from app.records import Feedback, FeedbackKind
 from app.store import tables, turns
 from app.store.errors import Conflict
 from app.store.tables import storable
@@ -22,25 +23,37 @@ def _same(one: Feedback, other: Feedback) -> bool:
     return all(getattr(one, name) == getattr(other, name) for name in _BODY)
 
 
-async def add(connection: AsyncConnection, new: Feedback, idempotency_key: str | None) -> tuple[Feedback, bool]:
-    """(the feedback as stored, whether it was created).
+async def add(
+    connection: AsyncConnection, said: Sequence[Feedback], idempotency_key: str | None
+) -> list[tuple[Feedback, bool]]:
+    """(the feedback as stored, whether it was created) for all that one person said at once, each of another kind.
 
     The same idempotency key with the same body, or the same body again, gives the first one. Another body from the
     same source about the same thing takes its place. Raises NotFound for a turn that is not the tenant's, and
-    Conflict for an idempotency key that came with another body.
+    Conflict for an idempotency key that came with another body; then nothing is stored.
     """
-    new = replace(new, text=storable(new.text), source=storable(new.source))
-    others = [new.other] if new.other else []
-    await turns.require(connection, new.tenant, [new.turn, *others], lock=True)  # two clicks at once: one waits
+    said = [replace(one, text=storable(one.text), source=storable(one.source)) for one in said]
+    tenant = said[0].tenant
+    named = {name for one in said for name in (one.turn, one.other) if name}
+    await turns.require(connection, tenant, sorted(named), lock=True)  # two clicks at once: one waits
+    if idempotency_key is not None and (known := await _keyed(connection, tenant, idempotency_key)):
+        if known.keys() == {one.kind for one in said} and all(_same(known[one.kind], one) for one in said):
+            return [(known[one.kind], False) for one in said]
+        first = min(known.values(), key=lambda one: one.created_at)
+        raise Conflict(f"this idempotency key was used for feedback {first.id}, with another body")
+    return [await _put(connection, one, idempotency_key) for one in said]
+
+
+async def _keyed(connection: AsyncConnection, tenant: str, idempotency_key: str) -> dict[FeedbackKind, Feedback]:
+    """What came with this key, by kind."""
     table = tables.feedback
-    if idempotency_key is not None:
-        keyed = table.c.tenant == new.tenant, table.c.idempotency_key == idempotency_key
-        row = (await connection.execute(select(*FEEDBACK).where(*keyed))).mappings().one_or_none()
-        if row is not None:
-            first = Feedback(**row)
-            if _same(first, new):
-                return first, False
-            raise Conflict(f"this idempotency key was used for feedback {first.id}, with another body")
+    query = select(*FEEDBACK).where(table.c.tenant == tenant, table.c.idempotency_key == idempotency_key)
+    found = [Feedback(**row) for row in (await connection.execute(query)).mappings()]
+    return {one.kind: one for one in found}
+
+
+async def _put(connection: AsyncConnection, new: Feedback, idempotency_key: str | None) -> tuple[Feedback, bool]:
+    table = tables.feedback
     natural = [table.c[name] == getattr(new, name) for name in _NATURAL]
     row = (await connection.execute(select(*FEEDBACK).where(*natural, table.c.current))).mappings().one_or_none()
     if row is not None and idempotency_key is None and _same(Feedback(**row), new):

@@ -281,13 +281,13 @@ class Store:
 
     # --- feedback
 
-    async def add_feedback(self, new: Feedback, idempotency_key: str | None = None) -> tuple[Feedback, bool]:
-        """(the feedback as stored, whether it was created); raises NotFound, or Conflict for a reused key.
+    async def add_feedback(self, *said: Feedback, idempotency_key: str | None = None) -> list[tuple[Feedback, bool]]:
+        """(the feedback as stored, whether it was created) for all that one person said at once, of one kind each.
 
         The same key and body, or without a key the same body again, gives the first one. Another body from the same
-        source on the same thing takes its place, and both are kept.
+        source on the same thing takes its place, and both are kept. Raises NotFound, or Conflict for a reused key.
         """
-        return await self._db.write(lambda connection: feedback.add(connection, new, idempotency_key))
+        return await self._db.write(lambda connection: feedback.add(connection, said, idempotency_key))
 
     async def feedback(self, turn: str, tenant: str, history: bool = False) -> list[Feedback]:
         """What people say of a turn, oldest first; with `history` also what they said before."""

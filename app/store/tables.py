@@ -189,7 +189,7 @@ feedback = Table(
     _text("idempotency_key", null=True),
     Column("current", Boolean, nullable=False),
     _time("created_at"),
-    Index(None, "tenant", "idempotency_key", unique=True),
+    Index(None, "tenant", "idempotency_key", "kind", unique=True),
     Index(None, "created_at"),
 )
 _CURRENT = text("current")

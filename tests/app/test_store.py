@@ -449,8 +449,8 @@ async def test_tickets_are_announced_in_the_transaction_that_makes_them(store: S
 async def test_a_newer_opinion_takes_the_place_of_the_older_one(store: Store, tenant: str) -> None:
     turn = await kept(store, begun(tenant))
     up, down = opinion(turn), opinion(turn, value=-1.0)
-    assert await store.add_feedback(up) == (up, True)
-    assert await store.add_feedback(down) == (down, True)
+    assert await store.add_feedback(up) == [(up, True)]
+    assert await store.add_feedback(down) == [(down, True)]
     assert await store.feedback(turn.id, tenant) == [down]
     assert await store.feedback(turn.id, tenant, history=True) == [up, down]
 
@@ -460,7 +460,7 @@ async def test_the_same_opinion_again_is_the_first_one(store: Store, tenant: str
     first = opinion(turn, kind="correction", value=None, text="Band E4.")
     await store.add_feedback(first)
     again = opinion(turn, kind="correction", value=None, text="Band E4.")
-    assert await store.add_feedback(again) == (first, False)
+    assert await store.add_feedback(again) == [(first, False)]
 
 
 @pytest.mark.parametrize(
@@ -475,30 +475,34 @@ async def test_opinions_of_others_and_on_other_things_stand_beside_it(store: Sto
 
 async def test_an_idempotency_key_gives_the_first_answer_again(store: Store, tenant: str) -> None:
     turn = await kept(store, begun(tenant))
-    first = opinion(turn)
-    assert await store.add_feedback(first, "key-1") == (first, True)
-    assert await store.add_feedback(opinion(turn), "key-1") == (first, False)
-    with pytest.raises(Conflict, match=f"used for feedback {first.id}, with another body"):
-        await store.add_feedback(opinion(turn, value=-1.0), "key-1")
-    assert await store.feedback(turn.id, tenant, history=True) == [first]
+    first, second = opinion(turn), opinion(turn, kind="comment", value=None, text="Clear.")
+    said = [first, second]
+    assert await store.add_feedback(*said, idempotency_key="key-1") == [(first, True), (second, True)]
+    again = [replace(one, id=f"{one.id}-again") for one in said]
+    assert await store.add_feedback(*again, idempotency_key="key-1") == [(first, False), (second, False)]
+    for other in ([opinion(turn, value=-1.0), second], [first], [second], [*said, opinion(turn, kind="correction")]):
+        with pytest.raises(Conflict, match=f"used for feedback {first.id}, with another body"):
+            await store.add_feedback(*other, idempotency_key="key-1")
+    assert await store.feedback(turn.id, tenant, history=True) == [first, second]
 
 
 async def test_an_idempotency_key_belongs_to_one_tenant(store: Store, tenant: str) -> None:
     other = f"other-{token_hex(4)}"
     await store.put_tenant(Tenant(other, "hr"))
     turn, foreign = await kept(store, begun(tenant)), await kept(store, begun(other))
-    await store.add_feedback(opinion(turn), "key-2")
-    assert (await store.add_feedback(opinion(foreign), "key-2"))[1]
+    await store.add_feedback(opinion(turn), idempotency_key="key-2")
+    assert (await store.add_feedback(opinion(foreign), idempotency_key="key-2"))[0][1]
 
 
 async def test_two_clicks_at_once_leave_one_opinion(store: Store, tenant: str) -> None:
     turn = await kept(store, begun(tenant))
-    clicks = [store.add_feedback(opinion(turn, value=value), key) for value in (1.0, -1.0) for key in (None, None)]
+    clicks = [store.add_feedback(opinion(turn, value=value)) for value in (1.0, -1.0) for _ in range(2)]
     outcomes = await asyncio.gather(*clicks)
     assert len(await store.feedback(turn.id, tenant)) == 1
-    keyed = await asyncio.gather(*(store.add_feedback(opinion(turn, source="eve"), "key-3") for _ in range(4)))
-    assert sum(created for _, created in keyed) == 1
-    assert len({one.id for one, _ in keyed}) == 1
+    eve = (store.add_feedback(opinion(turn, source="eve"), idempotency_key="key-3") for _ in range(4))
+    keyed = await asyncio.gather(*eve)
+    assert sum(created for ((_, created),) in keyed) == 1
+    assert len({one.id for ((one, _),) in keyed}) == 1
     assert len(outcomes) == 4
 
 

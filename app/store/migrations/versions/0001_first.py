@@ -148,7 +148,8 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("id", name="pk_feedback"),
     )
     op.create_index("ix_feedback_created_at", "feedback", ["created_at"], unique=False)
-    op.create_index("ix_feedback_tenant_idempotency_key", "feedback", ["tenant", "idempotency_key"], unique=True)
+    keyed = ["tenant", "idempotency_key", "kind"]
+    op.create_index("ix_feedback_tenant_idempotency_key_kind", "feedback", keyed, unique=True)
     op.create_index("ix_feedback_turn", "feedback", ["turn"], unique=False)
     op.create_index(
         "uq_feedback_current",

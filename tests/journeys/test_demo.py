@@ -27,6 +27,8 @@ TOUR = (
 )
 TOUR += (("That depends on your contract.",), ("Bring what you wrote down.",))
 
+VERDICTS = ["allow", "refuse", "redact", "redact", "append", "escalate", "allow"]
+
 
 def engine() -> FakeUpstream:
     """An engine that answers the five questions of the tour that reach a model, and says No to every grader."""
@@ -62,12 +64,11 @@ async def test_the_tour_shows_every_verdict_and_ends_well(tmp_path: Path) -> Non
     async with engine() as upstream:
         code, out = await before(upstream, tmp_path)
         assert code == 0, out
-        verdicts = re.findall(r"^  verdict +(\w+)", out, re.MULTILINE)
-        assert verdicts == ["allow", "refuse", "redact", "redact", "append", "escalate", "allow"]
+        assert re.findall(r"^  verdict +(\w+)", out, re.MULTILINE) == VERDICTS
         assert "4111" not in asked(upstream.seen)
         assert "[CARD]" in asked(upstream.seen)
         assert len(upstream.seen) == len(TOUR)
-    assert "saw      My card [CARD] was charged" in out
+    assert "saw       My card [CARD] was charged" in out
     assert "(HMAC-SHA256, verified)" in out
     assert "11 steps, each as it should be" in out
     assert "jane.miller@example.com" not in re.sub(r"(?m)^  asked .*$", "", out)
@@ -94,12 +95,19 @@ async def test_a_second_demo_uses_the_same_keys_and_the_same_database(tmp_path: 
 
 async def test_a_verdict_that_is_not_as_it_should_be_ends_the_demo_with_the_reason(tmp_path: Path) -> None:
     async with engine() as upstream:
-        upstream.queue[2] = Script(("I would rather not.",))
+        upstream.queue[3] = Script(("You could just kill yourself.",))
         code, out = await before(upstream, tmp_path)
     assert (code, "Traceback" in out) == (1, False)
-    assert (
-        "newel: step 4 of the tour (An e-mail address never leaves): the verdict should be redact, and is allow" in out
-    )
+    assert "newel: step 5 of the tour" in out
+    assert "the verdict should be append, and is refuse" in out
+
+
+async def test_a_reply_that_breaks_off_ends_the_demo_with_the_reason(tmp_path: Path) -> None:
+    async with engine() as upstream:
+        upstream.queue[0] = Script(("Prepare ",), end="error")
+        code, out = await before(upstream, tmp_path)
+    assert (code, "Traceback" in out) == (1, False)
+    assert "newel: step 1 of the tour (An ordinary question is helped): the reply broke off: " in out
 
 
 async def test_an_engine_that_does_not_come_ends_the_demo_with_the_log(tmp_path: Path) -> None:
@@ -128,4 +136,5 @@ async def test_the_tour_goes_as_it_should_with_the_real_model(tmp_path: Path, mo
     code, out = await demo(tmp_path, "--port", str(free_port()), "--exit", NEWEL_ENGINE__MODEL=str(model_dir))
     assert code == 0, out
     assert "11 steps, each as it should be" in out
+    assert re.findall(r"^  verdict +(\w+)", out, re.MULTILINE) == VERDICTS
     assert time.monotonic() - began < 600

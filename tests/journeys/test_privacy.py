@@ -110,7 +110,7 @@ async def test_what_was_withheld_stands_in_a_class_of_its_own(gateway: Gateway, 
     assert withheld == {"asked": "My card is 4111 1111 1111 1111", "said": "Write to jane@example.com"}
 
 
-async def test_a_tasks_unseen_failure_is_logged_without_its_text(written: io.StringIO, gateway: Gateway) -> None:
+async def test_a_tasks_unseen_failure_is_logged_without_its_text(gateway: Gateway, written: io.StringIO) -> None:
     async def fail() -> None:
         raise RuntimeError(MARK)
 

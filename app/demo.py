@@ -117,7 +117,7 @@ class Tour:
 
     def say(self, label: str, text: str, style: str = "") -> None:
         """Prints one labelled line."""
-        self.console.print(Text(f"  {label:<10}", style="dim").append(text, style=style or "not dim"), soft_wrap=True)
+        self.console.print(Text().append(f"  {label:<10}", style="dim").append(text, style=style), soft_wrap=True)
 
     async def call(self, path: str, body: dict[str, Any], key: str) -> dict[str, Any]:
         """The JSON answer to a POST; raises Unexpected for another status than 200."""

@@ -39,6 +39,7 @@ from guardrails.types import Grader, Policy
 
 if TYPE_CHECKING:  # a shell should not wait for the gateway's libraries to list keys
     import uvicorn
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 T = TypeVar("T")
 Json = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
@@ -140,8 +141,9 @@ def serve(
     changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = _settings(**changes)
     with _listener(settings.host, settings.port) as listener:
+        gateway = _Starting(create_app(settings), settings.log_level == "debug")
         config = uvicorn.Config(
-            create_app(settings),
+            gateway,
             log_config=None,
             access_log=False,
             ws="none",
@@ -154,7 +156,28 @@ def serve(
         except KeyboardInterrupt:  # uvicorn raises the signal again once everything is stopped
             return
         except SystemExit:
-            raise Refusal("the gateway did not start; the reason is in the log above") from None
+            raise gateway.failure or Refusal("the gateway did not start") from None
+
+
+class _Starting:
+    """The gateway as uvicorn runs it: why it did not start is kept in `failure`, and logged only for debugging."""
+
+    def __init__(self, app: ASGIApp, debug: bool):
+        self._app, self._debug = app, debug
+        self.failure: Exception | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Passes everything on, but the traceback of a failed start."""
+
+        async def briefly(message: Message) -> None:
+            failed = message["type"] == "lifespan.startup.failed"
+            await send({"type": message["type"]} if failed and not self._debug else message)
+
+        try:
+            await self._app(scope, receive, briefly)
+        except Exception as error:
+            self.failure = error
+            raise
 
 
 def _listener(host: str, port: int) -> socket.socket:

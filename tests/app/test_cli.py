@@ -455,6 +455,25 @@ def test_a_taken_port_is_refused(newel: Run) -> None:
     assert "newel serve --port" in err
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("NEWEL_WEBHOOK__URL", "http://127.0.0.1:9/hook", "webhook.url is set without webhook.secret"),
+        ("NEWEL_HOME", "/dev/null/home", "Not a directory"),
+        ("NEWEL_DATABASE", "postgresql://nobody@127.0.0.1:9/newel", "the database cannot be used now"),
+    ],
+)
+async def test_a_gateway_that_cannot_start_says_why_in_one_line(home: Path, name: str, value: str, said: str) -> None:
+    command = [sys.executable, "-c", "from app.cli import main; main()", "serve", "--port", "0"]
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=ROOT, env=os.environ | {name: value}, stderr=asyncio.subprocess.PIPE
+    )
+    _, err = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 1
+    assert "Traceback" not in err.decode()
+    assert re.fullmatch(rf"newel: .*{said}.*", err.decode().splitlines()[-1])
+
+
 async def test_the_gateway_says_where_it_listens_serves_and_stops(home: Path) -> None:
     async with FakeUpstream() as upstream:
         environment = os.environ | {"NEWEL_ENGINE__URL": upstream.url, "NEWEL_ENGINE__MODEL": "fake"}

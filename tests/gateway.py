@@ -249,15 +249,17 @@ def webhook(url: str) -> WebhookSettings:
 
 
 @asynccontextmanager
-async def running(home: Path, upstream: FakeUpstream, *, ready: bool = True, **changes: Any) -> AsyncIterator[Gateway]:
-    """A gateway on loopback before this engine; `changes` go to the settings."""
+async def running(
+    home: Path, upstream: FakeUpstream, *, ready: bool = True, start: float = 30, **changes: Any
+) -> AsyncIterator[Gateway]:
+    """A gateway on loopback before this engine, which gets `start` seconds; `changes` go to the settings."""
     chosen = changes.pop("settings", None) or settings(home, upstream.url, **changes)
     app = create_app(chosen)
     async with serve(app) as base, aiohttp.ClientSession() as http:
         service: Service = app.state.service
         key, admin = [(await service.store.add_key("default", scope))[1] for scope in ("client", "admin")]
         if ready:
-            assert await service.engine.wait(30) == "ready"
+            assert await service.engine.wait(start) == "ready"
         yield Gateway(base, service, http, upstream, key, admin, service.engine.model)
 
 

@@ -124,7 +124,8 @@ async def test_a_tenant_that_is_answered_loses_no_turn(gateway: Gateway, upstrea
         for question, said in [("Hello", "Hello there."), ("The salary of Jane?", SALARY)]:
             body = gateway.body(question, stream=stream)
             status, headers, raw = await gateway.raw("POST", "/v1/chat/completions", key=key, json=body)
-            assert (status == 200 and said.encode() in raw.replace(b'"}, "', b"")) or stream
+            given = spoken(raw) if stream else json.loads(raw)["choices"][0]["message"]["content"]
+            assert (status, given) == (200, said)
             ids.append(headers["x-guardrails-id"])
         assert gateway.service.store.spilled > 0
         _, _, page = await gateway.raw("GET", "/metrics")

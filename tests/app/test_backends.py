@@ -1,0 +1,267 @@
+"""The upstream client: server-sent events for any split of the bytes, what frames mean, the grader's probability."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import aiohttp
+import aiohttp.web
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app import backends
+from app.backends import BackendError, Delta, OpenAIBackend, Prompt, Timeouts, Upstream, events, yes_probability
+from guardrails.types import Message
+from tests.fakes import FakeUpstream, Script
+from tests.gateway import free_port
+
+PROMPT = Prompt((Message("user", "Hello"),), {})
+
+
+async def fed(*chunks: bytes) -> AsyncIterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+
+
+async def read(*chunks: bytes) -> list[bytes]:
+    return [event async for event in events(fed(*chunks))]
+
+
+def reference(stream: bytes) -> list[bytes]:
+    """The events of a whole stream, after the words of the WHATWG specification."""
+    lines = stream.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")[:-1]
+    out, data = [], b""
+    for line in lines:
+        if not line:
+            out += [data[:-1]] if data else []
+            data = b""
+        elif line == b"data" or line.startswith(b"data:"):
+            value = line[5:]
+            data += (value[1:] if value.startswith(b" ") else value) + b"\n"
+    return out
+
+
+LINES = st.one_of(
+    st.sampled_from(
+        [b"data: a", b"data:b", b"data:  c", b"data", b"data:", b": comment", b":", b"id: 7", b"event: x", b"retry: 5"]
+    ),
+    st.sampled_from([b"", b"", b"datax: no", b"data : no", b" data: no", "data: ü€😀".encode()]),
+)
+STREAMS = st.lists(st.tuples(LINES, st.sampled_from([b"\n", b"\r", b"\r\n"])), max_size=12)
+
+
+@given(STREAMS, st.binary(max_size=3), st.data())
+async def test_events_are_the_same_for_any_split_of_the_bytes(
+    lines: Sequence[tuple[bytes, bytes]], tail: bytes, data: st.DataObject
+) -> None:
+    stream = b"".join(line + end for line, end in lines) + tail
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
+    chunks = [stream[a:b] for a, b in zip([0, *cuts], [*cuts, len(stream)], strict=True)]
+    assert await read(*chunks) == reference(stream)
+
+
+@pytest.mark.parametrize(
+    ("chunks", "expected"),
+    [
+        ([b"data: a\n\n"], [b"a"]),
+        ([b"data: a\r\rdata: b\r\r"], [b"a", b"b"]),
+        ([b"data: a\r", b"\n\r", b"\ndata: b\n\n"], [b"a", b"b"]),
+        ([b"data: a\r", b"\r"], [b"a"]),
+        ([b"data: a\r", b"", b"\n", b"\n"], [b"a"]),
+        ([b"data: a\ndata: b\n\n"], [b"a\nb"]),
+        ([b": hi\n\ndata: a\n: hi\n\n"], [b"a"]),
+        ([b"data: a\n"], []),
+        ([b"data: a"], []),
+        ([b"\n\n\n"], []),
+        ([], []),
+    ],
+)
+async def test_lines_comments_and_cut_ends(chunks: list[bytes], expected: list[bytes]) -> None:
+    assert await read(*chunks) == expected
+
+
+async def test_an_event_is_there_as_soon_as_its_empty_line_is() -> None:
+    stream = events(fed(b"data: a\r", b"\r", b"never read"))
+    assert await anext(stream) == b"a"
+
+
+@pytest.mark.parametrize("piece", [b"x" * 1000, b"data: x" * 100 + b"\n", b"data: " + b"x" * 1000])
+async def test_an_event_without_an_end_is_given_up(piece: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "MAX_EVENT", 5000)
+    with pytest.raises(BackendError, match="without an end"):
+        await read(*[piece] * 100)
+    assert len(await read(*[b"data: " + b"x" * 4000 + b"\n\n"] * 100)) == 100
+
+
+@pytest.mark.parametrize(
+    ("event", "delta"),
+    [
+        (b'{"choices": [{"delta": {"content": "a"}}]}', Delta("a")),
+        (b'{"choices": [{"delta": {"role": "assistant", "content": ""}}]}', Delta()),
+        (b'{"choices": [{"delta": {"content": null, "reasoning_content": "hm"}}]}', Delta()),
+        (b'{"choices": [{"delta": {}, "finish_reason": "length"}]}', Delta("", "length")),
+        (b'{"choices": [{"finish_reason": "stop"}], "usage": null}', Delta("", "stop")),
+        (b'{"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}}', Delta("", "", 3, 5)),
+        (b"{}", Delta()),
+    ],
+)
+def test_a_frame_is_read(event: bytes, delta: Delta) -> None:
+    assert backends._delta(event) == delta
+
+
+NO_FRAMES = b"""nothing
+[]
+3
+{"choices": 3}
+{"choices": [3]}
+{"choices": {"a": 1}}
+{"choices": [{"delta": "x"}]}
+{"usage": 3}
+{"usage": {"prompt_tokens": "many"}}
+{"error": "x"}
+"\\ud800"
+"""
+
+
+@pytest.mark.parametrize("event", NO_FRAMES.split(b"\n"))
+def test_a_frame_that_is_none_is_a_broken_reply(event: bytes) -> None:
+    with pytest.raises(BackendError) as caught:
+        backends._delta(event)
+    assert caught.value.fault == "broken"
+
+
+# --- the road to the engine
+
+
+async def deltas(upstream: Upstream, timeouts: Timeouts | None = None, prompt: Prompt = PROMPT) -> list[Delta]:
+    async with aiohttp.ClientSession() as session:
+        return [delta async for delta in OpenAIBackend(session, lambda: upstream, timeouts).stream(prompt)]
+
+
+async def test_the_pieces_the_reason_and_the_counts_arrive() -> None:
+    async with FakeUpstream(Script(["a", "b"], finish_reason="length", usage=(7, 2))) as upstream:
+        got = await deltas(Upstream(upstream.url + "/", "m", "key"))
+    assert "".join(delta.text for delta in got) == "ab"
+    assert got[-2].finish_reason == "length"
+    assert (got[-1].prompt_tokens, got[-1].completion_tokens) == (7, 2)
+    (seen,) = upstream.seen
+    assert seen.headers["authorization"] == "Bearer key"
+    assert seen.body == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "Hello"}],
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+
+
+async def test_an_engine_is_not_sent_what_it_cannot_bear() -> None:
+    prompt = Prompt(PROMPT.messages, {"seed": 7, "temperature": 0.5})
+    async with FakeUpstream() as upstream:
+        await deltas(Upstream(upstream.url, "m", without=frozenset({"seed"})), prompt=prompt)
+        assert "seed" not in upstream.seen[0].body and upstream.seen[0].body["temperature"] == 0.5
+        await deltas(Upstream(upstream.url, "m"), prompt=prompt)
+        assert upstream.seen[1].body["seed"] == 7
+        assert "authorization" not in {name.lower() for name in upstream.seen[1].headers}
+
+
+async def test_an_engine_that_is_not_there_is_unreachable() -> None:
+    with pytest.raises(BackendError) as caught:
+        await deltas(Upstream(f"http://127.0.0.1:{free_port()}/v1", "m"))
+    assert (caught.value.fault, caught.value.retry_after) == ("unreachable", 5)
+
+
+async def test_closing_the_stream_hangs_up_at_once() -> None:
+    async with FakeUpstream(Script(["a", "b"], end="hang")) as upstream, aiohttp.ClientSession() as session:
+        stream = OpenAIBackend(session, lambda: Upstream(upstream.url, "m")).stream(PROMPT)
+        while (await anext(stream)).text != "b":
+            pass
+        await stream.aclose()
+        assert (await upstream.seen[0].finished(1.0)).gone
+
+
+async def test_a_reply_that_was_read_to_its_end_leaves_its_connection_for_the_next_one() -> None:
+    async with FakeUpstream() as upstream, aiohttp.ClientSession() as session:
+        backend = OpenAIBackend(session, lambda: Upstream(upstream.url, "m"))
+        for _ in range(3):
+            assert [delta async for delta in backend.stream(PROMPT)]
+        assert session.connector and len(session.connector._conns) == 1  # type: ignore[attr-defined]
+
+
+async def test_the_time_that_a_consumer_takes_is_not_the_engines() -> None:
+    async with FakeUpstream(Script(["a", "b", "c"])) as upstream, aiohttp.ClientSession() as session:
+        timeouts = Timeouts(first_token=5, idle=0.1, total=30)
+        said = ""
+        async for delta in OpenAIBackend(session, lambda: Upstream(upstream.url, "m"), timeouts).stream(PROMPT):
+            said += delta.text
+            await asyncio.sleep(0.3)
+    assert said == "abc"
+
+
+# --- the grader
+
+
+async def probability(upstream: FakeUpstream, timeouts: Timeouts | None = None) -> float:
+    async with aiohttp.ClientSession() as session:
+        return await OpenAIBackend(session, lambda: Upstream(upstream.url, "m"), timeouts).probability(PROMPT.messages)
+
+
+@pytest.mark.parametrize("yes", [0.0, 0.3, 0.5, 0.99, 1.0])
+async def test_a_grader_gives_the_probability_of_yes(yes: float) -> None:
+    async with FakeUpstream(yes=yes) as upstream:
+        assert await probability(upstream) == pytest.approx(yes)
+        body = upstream.graded[0].body
+        assert (body["max_tokens"], body["temperature"], body["logprobs"]) == (1, 0, True)
+
+
+def completion(*alternatives: tuple[str, float]) -> dict[str, Any]:
+    top = [{"token": token, "logprob": math.log(chance)} for token, chance in alternatives]
+    return {"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}
+
+
+@pytest.mark.parametrize(
+    ("alternatives", "expected"),
+    [
+        ([("Yes", 0.6), ("No", 0.2)], 0.75),
+        ([("yes", 0.2), (" Yes", 0.1), ("YES", 0.1), ("no.", 0.1), ("Maybe", 0.5)], 0.8),
+        ([("▁yes", 0.3), ("Ġno", 0.1)], 0.75),
+        ([("Yes", 0.1), ("Yesterday", 0.9)], 1.0),
+        ([("no", 0.1), ("not", 0.9)], 0.0),
+    ],
+)
+def test_only_yes_and_no_count(alternatives: list[tuple[str, float]], expected: float) -> None:
+    assert yes_probability(completion(*alternatives)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [completion(("Maybe", 1.0)), completion(), {}, {"choices": []}, {"choices": [{"logprobs": None}]}],
+)
+def test_an_answer_without_yes_or_no_is_an_error(answer: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"the engine returned no|neither yes nor no"):
+        yes_probability(answer)
+
+
+async def test_a_grader_that_is_late_or_broken_is_an_error_of_the_engine() -> None:
+    async def slow(request: aiohttp.web.Request) -> aiohttp.web.Response:
+        await asyncio.sleep(5)
+        raise AssertionError
+
+    async def silly(request: aiohttp.web.Request) -> aiohttp.web.Response:
+        return aiohttp.web.Response(text="no JSON")
+
+    for handler, kind in ((slow, BackendError), (silly, ValueError)):
+        app = aiohttp.web.Application()
+        app.router.add_post("/chat/completions", handler)
+        runner = aiohttp.web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        async with aiohttp.ClientSession() as session:
+            backend = OpenAIBackend(session, lambda url=url: Upstream(url, "m"), Timeouts(first_token=0.3))  # type: ignore[misc]
+            with pytest.raises(kind):
+                await backend.probability(PROMPT.messages)
+        await runner.cleanup()

@@ -245,6 +245,8 @@ async def test_models_are_listed_and_found(gateway: Gateway) -> None:
         with pytest.raises(openai.NotFoundError) as caught:
             await client.models.retrieve("gpt-4o")
     assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    assert gateway.metric("newel_requests_total", route="/v1/models", status="200") == 1
+    assert gateway.metric("newel_requests_total", route="/v1/models/{model:path}", status="404") == 1
 
 
 async def test_parameters_without_effect_are_named_in_a_header(gateway: Gateway, upstream: FakeUpstream) -> None:

@@ -75,12 +75,12 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     backend = OpenAIBackend(session, lambda: _upstream(engine), timeouts)
     policies = PolicyBook(store, [settings.policies] if settings.policies else [])
     service = Service(settings, read_secret(settings), store, policies, engine, backend, metrics)
-    await _warm(service)
     stack.push_async_callback(_drain, service)
     stack.push_async_callback(engine.stop)
+    await engine.start()  # before the policies are loaded: it takes longer, and does so by itself
+    await _warm(service)
     for work in (Courier(store, settings.webhook).run, lambda: _every(REFRESH, policies.refresh)):
         stack.push_async_callback(_cancel, service.spawn(work()))
-    await engine.start()
     return service
 
 

@@ -9,6 +9,7 @@ import pytest
 from openai.types.chat import ChatCompletion
 
 from app.desk import verify
+from guardrails.types import BROKEN_REPLY
 from tests.fakes import FakeReceiver, FakeUpstream, Script
 from tests.gateway import BOMB, CRISIS, POLICY, SALARY, SECRET, Gateway, running, settings, spoken, webhook
 
@@ -259,3 +260,20 @@ async def test_an_unknown_state_is_refused(gateway: Gateway) -> None:
     assert (status, told["error"]["param"]) == (400, "state")
     status, told = await gateway.json("GET", "/admin/audit?limit=ten", key=gateway.admin)
     assert (status, told["error"]["param"], told["error"]["code"]) == (400, "limit", "invalid_value")
+
+
+async def test_a_question_that_could_not_be_read_is_not_trusted_in_the_next_turn(
+    gateway: Gateway, upstream: FakeUpstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rule breaks on it, its history is this service's own: even then the model must not see it."""
+    with monkeypatch.context() as patch:
+
+        async def slow(*args: object) -> None:
+            raise TimeoutError
+
+        patch.setattr("guardrails.spans.Spans.find", slow)
+        broken = await gateway.ask("What is the salary of Jane?")
+    assert said_in(broken) == BROKEN_REPLY and upstream.requests == []
+    assert gateway.metric("newel_rule_broken_total", policy="office", rule="salary", action="refuse") == 1
+    assert said_in(await gateway.ask("What is the salary of Jane?", said_in(broken), "Go on.")) == "Hello there."
+    assert "Jane" not in str(upstream.seen[-1].body)

@@ -140,6 +140,7 @@ class Decoder:
         self.slots = [Slot() for _ in range(slots)]
         self.segments: list[Segment] = []
         self.eos = _eos(self.model, self.tokenizer)
+        self.usual = _usual(self.model)
         self._clock = 0
         self._cache: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._allocate(dtype)
@@ -309,6 +310,12 @@ def _context(config: Any, wanted: int) -> int:
         window if slides and window else wanted,
     ]
     return int(min(limits))
+
+
+def _usual(model: Any) -> tuple[float, float]:
+    """Returns (temperature, top_p) as the checkpoint's own generation_config.json says, each 1 where it does not."""
+    config = model.generation_config
+    return float(getattr(config, "temperature", None) or 1.0), float(getattr(config, "top_p", None) or 1.0)
 
 
 def _eos(model: Any, tokenizer: Any) -> frozenset[int]:

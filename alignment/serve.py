@@ -108,11 +108,11 @@ class ChatRequest(BaseModel):
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
     response_format: dict[Literal["type"], Literal["text"]] | None = None
 
-    def sampling(self) -> Sampling:
-        """Returns how tokens are chosen."""
+    def sampling(self, usual: tuple[float, float]) -> Sampling:
+        """Returns how tokens are chosen; `usual` is the model's own temperature and top_p."""
         return Sampling(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
+            temperature=usual[0] if self.temperature is None else self.temperature,
+            top_p=usual[1] if self.top_p is None else self.top_p,
             presence=self.presence_penalty,
             frequency=self.frequency_penalty,
             seed=self.seed,
@@ -217,7 +217,7 @@ class Server:
                 loop.call_soon_threadsafe(pieces.put_nowait, piece)
 
         text = Text(self._decoder.tokenizer, asked.stops())
-        sequence = Sequence(prompt, limit, asked.sampling(), text, emit, asked.cache_salt)
+        sequence = Sequence(prompt, limit, asked.sampling(self._decoder.usual), text, emit, asked.cache_salt)
         try:
             self._batch.submit(sequence)
         except Busy as busy:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -177,11 +178,13 @@ class _Reply:
         return f"Your reference is {turn.ticket.id}."
 
     async def generate(self, prompt: Prompt) -> AsyncGenerator[str, None]:
-        """The settled pieces of the model's reply, until its end or until a rule stops it.
+        """The settled pieces of the model's reply, until its end, until a rule stops it, or until it is too long.
 
-        The first one comes with the engine's first token, and is empty when that is held back.
+        The first one comes with the engine's first token, and is empty when that is held back. A request that names no
+        limit is cut off here, since an engine refuses a limit that does not fit behind the prompt.
         """
         turn, tokens = self._turn, 0
+        limit = math.inf if "max_tokens" in prompt.sampling else self._service.settings.max_tokens
         async with aclosing(self._service.backend.stream(prompt)) as deltas:
             async for delta in deltas:
                 turn.prompt_tokens = delta.prompt_tokens or turn.prompt_tokens
@@ -197,6 +200,9 @@ class _Reply:
                 if turn.streamed and (piece or tokens == 1):
                     yield self._say(piece)
                 if self._guard.stopped:
+                    break
+                if tokens >= limit:
+                    turn.finish_reason = "length"
                     break
         turn.completion_tokens = turn.completion_tokens or tokens  # a stopped engine counts no more
 

@@ -47,6 +47,7 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     engine: EngineSettings = EngineSettings()
     webhook: WebhookSettings = WebhookSettings()
+    max_tokens: int = Field(default=1024, ge=1)
     first_token_timeout: float = 60.0
     idle_timeout: float = 60.0
     total_timeout: float = 600.0

@@ -24,6 +24,7 @@ import openai  # noqa: E402
 
 from alignment.batch import Batch, Busy, Piece, Sequence, Text  # noqa: E402
 from alignment.decoder import Decoder, Sampler, Sampling, Segment, Slot  # noqa: E402
+from alignment.serve import ChatRequest  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 KEY = "secret"
@@ -105,6 +106,19 @@ def test_penalties_follow_openais_formula() -> None:
     logits = torch.tensor([3.0, 2.0, 0.0])
     # 3.0 wins, then 3 - 1 - 0.5 = 1.5 loses to 2.0, which becomes 0.5, so 1.5 wins again, then it is 3 - 1 - 1 = 1.0
     assert [sampler.draw(logits).token for _ in range(4)] == [0, 1, 0, 0]
+
+
+def test_a_request_that_does_not_say_is_sampled_as_the_model_is_usually() -> None:
+    ask = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+    plain = ChatRequest.model_validate(ask).sampling((0.2, 0.9))
+    assert (plain.temperature, plain.top_p) == (0.2, 0.9)
+    said = ChatRequest.model_validate(ask | {"temperature": 0, "top_p": 0.5}).sampling((0.2, 0.9))
+    assert (said.temperature, said.top_p) == (0, 0.5)
+
+
+def test_the_checkpoint_says_how_its_makers_sample_from_it(model_dir: Path) -> None:
+    config = json.loads((model_dir / "generation_config.json").read_text())
+    assert (config["do_sample"], config["temperature"], config["top_p"]) == (True, 0.2, 0.9)
 
 
 def test_logprobs_are_those_before_temperature() -> None:

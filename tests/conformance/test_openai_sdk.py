@@ -412,6 +412,17 @@ async def slow_reader(gateway: Gateway) -> tuple[asyncio.StreamReader, asyncio.S
     return reader, writer
 
 
+@pytest.mark.parametrize(("asked", "said", "reason"), [(None, "a b c ", "length"), (5, "a b c d e ", "stop")])
+async def test_a_reply_without_a_limit_of_its_own_is_cut_off(
+    tmp_path: Path, upstream: FakeUpstream, asked: int | None, said: str, reason: str
+) -> None:
+    async with running(tmp_path, upstream, max_tokens=3) as gateway:
+        upstream.script = Script(["a ", "b ", "c ", "d ", "e "])
+        reply = await gateway.ask("Hello", **({"max_tokens": asked} if asked else {}))
+        assert (reply.choices[0].message.content, reply.choices[0].finish_reason) == (said, reason)
+        assert upstream.seen[-1].body.get("max_tokens") == asked
+
+
 # --- clients that go
 
 

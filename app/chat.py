@@ -46,7 +46,7 @@ async def answer(service: Service, tenant: Tenant, turn: Turn, request: ChatRequ
         if asked.action.stops:
             last = await reply.stop(asked)
         else:
-            prompt = Prompt(_prompt(policy, seen, thread.greeting), request.sampling())
+            prompt = Prompt(_prompt(policy, seen, thread.news), request.sampling())
             async with aclosing(reply.generate(prompt)) as pieces:
                 async for piece in pieces:
                     yield piece
@@ -125,12 +125,15 @@ async def _judged(
     return verdict, seen
 
 
-def _prompt(policy: Policy, seen: Sequence[Message], greeting: str) -> tuple[Message, ...]:
-    """The persona and the client's own system text as one system message, then the conversation."""
+def _prompt(policy: Policy, seen: Sequence[Message], news: Sequence[Ticket]) -> tuple[Message, ...]:
+    """The persona and the client's own system text as one system message, then the conversation.
+
+    What people answered stands in it without the words that announce a person, lest the model imitate them.
+    """
     system = [policy.persona, *(message.content for message in seen if message.role in ("system", "developer"))]
     head = "\n\n".join(text for text in system if text.strip())
     talk = [message for message in seen if message.role not in ("system", "developer")]
-    told = (Message("assistant", greeting),) if greeting else ()
+    told = [Message("assistant", "\n\n".join(ticket.answer for ticket in news))] if news else []
     return (*((Message("system", head),) if head else ()), *talk[:-1], *told, *talk[-1:])
 
 

@@ -166,10 +166,12 @@ async def _answer(tour: Tour) -> None:
 
 async def _feedback(tour: Tour) -> None:
     """People rate one reply and correct another."""
-    for name, thought in (("helped", {"rating": "up"}), ("advised", {"correction": CORRECTION})):
-        told = await tour.call("/v1/feedback", {"target": tour.turns[name].id} | thought, tour.kept.client)
-        kinds = ", ".join(item["kind"] for item in told["recorded"])
-        tour.say(kinds, f"{next(iter(thought.values()))} (of the reply to: {tour.turns[name].asked})")
+    for name, label, thought in (
+        ("helped", "rated", {"rating": "up"}),
+        ("advised", "corrected", {"correction": CORRECTION}),
+    ):
+        await tour.call("/v1/feedback", {"target": tour.turns[name].id} | thought, tour.kept.client)
+        tour.say(label, f"{next(iter(thought.values()))} (of the reply to: {tour.turns[name].asked})")
 
 
 async def _export(tour: Tour) -> None:
@@ -177,7 +179,7 @@ async def _export(tour: Tour) -> None:
     collected, counts = await export(tour.store, tour.home / "export", TENANT, tour.since, "demo")
     for pair in collected.pairs:
         tour.say("prompt", _short(pair.prompt[-1].content))
-        tour.say(" chosen", _short(pair.chosen[-1].content), "green")
+        tour.say("chosen", _short(pair.chosen[-1].content), "green")
         tour.say(" rejected", _short(pair.rejected[-1].content), "red")
     for shown in collected.demonstrations:
         tour.say("learn", f"{_short(shown.messages[-2].content, 50)} -> {_short(shown.messages[-1].content, 60)}")

@@ -11,7 +11,8 @@ from enum import IntEnum
 from typing import Literal, Protocol, runtime_checkable
 
 Role = Literal["system", "developer", "user", "assistant", "tool"]
-Scope = Literal["last_user", "user", "all"]
+Scope = Literal["last_user", "user", "assistant", "tool", "all"]
+Every = Literal["text", "sentence"]
 Stage = Literal["input", "output"]
 Mode = Literal["enforce", "shadow"]
 Priority = Literal["low", "normal", "high", "urgent"]
@@ -66,10 +67,11 @@ class Grader(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a validator may know beside the text: the conversation so far and a model to ask."""
+    """What a validator may know beside the text: the conversation so far, models to ask, the persona of the policy."""
 
     messages: tuple[Message, ...] = ()
     grader: Grader | None = None
+    persona: str = ""
 
 
 @runtime_checkable
@@ -111,7 +113,12 @@ class Rule:
 
     threshold: findings that score below it are ignored. reply: what is said instead (refuse, escalate) or added
     (append). placeholder: what a redacted span becomes; empty means `[LABEL]`. route: the escalation route's name.
-    if_broken: what happens when the validator raises or is slower than `budget` seconds.
+    scope: which messages an input rule reads; window: only the last so many of them, 0 for all.
+    views: whether the text is read as it may have been disguised, too (`guardrails.views`).
+    every: what a validator that cannot read a growing text is given at a time; by sentences a stream waits less.
+    confirm: a second validator that is asked where no finding of the first scores `sure`; the rule fires only if it
+    finds something, too. if_broken: what happens when a validator raises or is slower than `budget` seconds.
+    vault: a redacted span becomes a numbered placeholder that is restored in the reply.
     """
 
     name: str
@@ -125,6 +132,13 @@ class Rule:
     if_broken: Action = Action.REFUSE
     mode: Mode = "enforce"
     budget: float = 10.0
+    window: int = 0
+    views: bool = True
+    every: Every = "text"
+    confirm: Validator | None = None
+    sure: float = 0.9
+    vault: bool = False
+    key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

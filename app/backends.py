@@ -7,7 +7,6 @@ engine's work at once, and there is one road to test.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -16,7 +15,9 @@ from typing import Any, Literal, Protocol, TypeVar
 import aiohttp
 import orjson
 
-from guardrails.types import Message
+from guardrails.answers import weighed
+from guardrails.guard_formats import ANSWER
+from guardrails.types import Message, Token
 
 T = TypeVar("T")
 Fault = Literal["unreachable", "busy", "rejected", "timeout", "broken"]
@@ -125,7 +126,7 @@ class OpenAIBackend:
         until = asyncio.get_running_loop().time() + self._timeouts.first_token
         body = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
         async with self._asked(body, messages, until) as response:
-            return yes_probability(orjson.loads(await _within(until, response.read())))
+            return yes_probability(tokens_of(orjson.loads(await _within(until, response.read()))))
 
     @asynccontextmanager
     async def _asked(
@@ -133,26 +134,43 @@ class OpenAIBackend:
     ) -> AsyncIterator[aiohttp.ClientResponse]:
         """The engine's answer to a request, status 200, and its failures as BackendError; hangs up at the end."""
         upstream = self._upstream()
-        headers = {"content-type": "application/json"}
-        if upstream.api_key:
-            headers["authorization"] = f"Bearer {upstream.api_key}"
         told = {name: value for name, value in body.items() if name not in upstream.without}
         told |= {"model": upstream.model, "messages": [{"role": one.role, "content": one.content} for one in messages]}
-        url = f"{upstream.url.rstrip('/')}/chat/completions"
+        async with posted(self._session, upstream, "chat/completions", told, until) as response:
+            yield response
+
+
+@asynccontextmanager
+async def posted(
+    session: aiohttp.ClientSession, upstream: Upstream, path: str, body: Mapping[str, Any], until: float
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """An engine's answer to a request, status 200, and its failures as BackendError; hangs up at the end."""
+    headers = {"content-type": "application/json"}
+    if upstream.api_key:
+        headers["authorization"] = f"Bearer {upstream.api_key}"
+    url = f"{upstream.url.rstrip('/')}/{path}"
+    try:
+        response = await _within(until, session.post(url, data=orjson.dumps(body), headers=headers))
         try:
-            response = await _within(until, self._session.post(url, data=orjson.dumps(told), headers=headers))
-            try:
-                if response.status != 200:
-                    raise _refusal(response, await _within(until, response.read()))
-                yield response
-            finally:
-                response.close()  # an answer that was read to its end has given its connection back already
-        except TimeoutError:
-            raise BackendError("timeout", "The engine took too long to answer.") from None
-        except aiohttp.ClientConnectorError:
-            raise BackendError("unreachable", "The engine cannot be reached.", retry_after=5) from None
-        except (aiohttp.ClientError, ConnectionError):
-            raise BackendError("broken", "The connection to the engine broke off.") from None
+            if response.status != 200:
+                raise _refusal(response, await _within(until, response.read()))
+            yield response
+        finally:
+            response.close()  # an answer that was read to its end has given its connection back already
+    except TimeoutError:
+        raise BackendError("timeout", "The engine took too long to answer.") from None
+    except aiohttp.ClientConnectorError:
+        raise BackendError("unreachable", "The engine cannot be reached.", retry_after=5) from None
+    except (aiohttp.ClientError, ConnectionError):
+        raise BackendError("broken", "The connection to the engine broke off.") from None
+
+
+async def answered(
+    session: aiohttp.ClientSession, upstream: Upstream, path: str, body: Mapping[str, Any], until: float
+) -> list[Token]:
+    """The tokens of an engine's answer with their log-probabilities; raises BackendError, ValueError."""
+    async with posted(session, upstream, path, body, until) as response:
+        return tokens_of(orjson.loads(await _within(until, response.read())))
 
 
 async def events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:
@@ -235,17 +253,28 @@ def _told(body: bytes) -> tuple[str, str]:
     return message, "context_length_exceeded" if too_long else code if not code.isdecimal() else "invalid_value"
 
 
-def yes_probability(completion: dict[str, Any]) -> float:
-    """P(yes) / (P(yes) + P(no)) over the first token's alternatives; raises ValueError when neither is among them."""
+def tokens_of(completion: Any) -> list[Token]:
+    """The tokens of a completion or chat completion with their alternatives; raises ValueError where there are none."""
     try:
-        alternatives = completion["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
-    except (LookupError, TypeError):
-        raise ValueError("the engine returned no log-probabilities") from None
-    mass = {"yes": 0.0, "no": 0.0}
-    for alternative in alternatives:
-        word = alternative["token"].strip(" \n▁Ġ.\"'").lower()
-        if word in mass:
-            mass[word] += math.exp(alternative["logprob"])
-    if not (total := mass["yes"] + mass["no"]):
-        raise ValueError("neither yes nor no is among the first token's alternatives")
-    return mass["yes"] / total
+        logprobs = completion["choices"][0]["logprobs"]
+        if "content" in logprobs:
+            return [
+                Token(str(one["token"]), tuple((str(other["token"]), float(other["logprob"])) for other in _tops(one)))
+                for one in logprobs["content"]
+            ]
+        pairs = zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True)
+        return [
+            Token(str(token), tuple((str(text), float(log)) for text, log in (tops or {}).items()))
+            for token, tops in pairs
+        ]
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise ValueError("the engine returned no log-probabilities; it must support `logprobs`") from None
+
+
+def _tops(token: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    return token["top_logprobs"] or ()
+
+
+def yes_probability(tokens: Sequence[Token]) -> float:
+    """P(yes) / (P(yes) + P(no)) over the first token's alternatives; raises ValueError when neither is among them."""
+    return weighed(tokens[0].alternatives if tokens else (), tuple(ANSWER), least=0.0)["yes"]

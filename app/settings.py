@@ -9,6 +9,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from guardrails.guard_formats import Kind
+
 
 class EngineSettings(BaseModel):
     """Where the model runs: an OpenAI-compatible `url`, or a process that newel starts and watches."""
@@ -23,6 +25,18 @@ class EngineSettings(BaseModel):
     start_timeout: float = 600.0
 
 
+class GuardModelSettings(BaseModel):
+    """A guard model that rules can ask by the table's name: where it is served, and the family that it belongs to."""
+
+    model_config = ConfigDict(extra="forbid")
+    url: str
+    model: str
+    kind: Kind
+    api_key: SecretStr | None = None
+    timeout: float = Field(default=5.0, gt=0)
+    concurrency: int = Field(default=16, ge=1)
+
+
 class WebhookSettings(BaseModel):
     """Where tickets are announced; `secret` signs each delivery (Standard Webhooks, HMAC-SHA256)."""
 
@@ -30,6 +44,16 @@ class WebhookSettings(BaseModel):
     url: str | None = None
     secret: SecretStr | None = None
     attempts: int = Field(default=8, ge=1)
+
+
+class VaultSettings(BaseModel):
+    """Values behind placeholders: the secrets that their keys come from, and how many seconds after a conversation's
+    last turn they are kept. `secret` encrypts; what `old_secrets` and the service's own secret encrypted is still read."""
+
+    model_config = ConfigDict(extra="forbid")
+    secret: SecretStr | None = None
+    old_secrets: list[SecretStr] = []
+    ttl: float = Field(default=86_400.0, gt=0)
 
 
 class Settings(BaseSettings):
@@ -47,6 +71,10 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     engine: EngineSettings = EngineSettings()
     webhook: WebhookSettings = WebhookSettings()
+    vault: VaultSettings = VaultSettings()
+    guard_models: dict[str, GuardModelSettings] = {}
+    guard_requests: int = Field(default=32, ge=1)
+    guard_seconds: float = Field(default=15.0, gt=0)
     max_tokens: int = Field(default=1024, ge=1)
     first_token_timeout: float = 60.0
     idle_timeout: float = 60.0

@@ -7,15 +7,26 @@ character after it, would have to read past the end of the text. What starts bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from math import inf
 
 import regex
 
+from guardrails.prefilter import Prefilter
+from guardrails.scanner import Scanner, State
+from guardrails.syntax import Node, Unreadable, nullable, parse
 from guardrails.types import Context, Finding, Reading
 
 Accept = Callable[[str], bool]
 TIMEOUT = 0.25
 """Seconds that one search may take before the rule counts as broken (hostile text against a slow pattern)."""
+
+
+LONG = 24
+"""How many characters something may be under way before it is read exactly instead of being held back."""
+BEFORE = 64
+"""How many characters before a match may decide whether it counts (see `Span.needed`)."""
 
 
 class PatternError(ValueError):
@@ -65,6 +76,11 @@ class Span:
             raise PatternError("the pattern matches the empty text, so it would fire everywhere")
         self.label, self.pattern, self.accept, self.score, self.group = label, pattern, accept, score, group
 
+    @property
+    def needed(self) -> str:
+        """A pattern that must match somewhere, at most BEFORE characters before what is found, if anything is."""
+        return self.pattern
+
     def live(self, text: str, start: int) -> int:
         """The first place at or after `start` where this pattern could still match if more text came."""
         found = self._live.search(text, pos=start, partial=True, timeout=TIMEOUT)
@@ -86,19 +102,110 @@ class Span:
         return found, max(start, settled)
 
 
-class SpanReading:
-    """One span's progress through one text."""
+@lru_cache(64)
+def _machines(patterns: tuple[tuple[str, str], ...]) -> tuple[Prefilter, Scanner, tuple[int, ...]]:
+    """For spans with these patterns and needs: what reads whole texts, what reads growing ones, and the numbers of
+    the spans that the second cannot read."""
+    trees: list[tuple[int, Node]] = []
+    for number, (pattern, _) in enumerate(patterns):
+        try:
+            tree = parse(pattern)
+        except Unreadable:
+            continue
+        if not nullable(tree):
+            trees.append((number, tree))
+    unread = set(range(len(patterns))) - {number for number, _ in trees}
+    return Prefilter([need for _, need in patterns]), Scanner(trees), tuple(sorted(unread))
 
-    __slots__ = ("_next", "_span")
 
-    def __init__(self, span: Span):
-        self._span, self._next = span, 0
+class SpansReading:
+    """The progress of many spans through one text.
+
+    A scanner tells where something may be under way. Only a span that it calls complete, or long under way, is
+    watched: read exactly, until every place is settled where it may have begun.
+    """
+
+    __slots__ = ("_begun", "_next", "_read", "_settled", "_spans", "_watched")
+
+    def __init__(self, spans: Spans):
+        self._spans = spans
+        self._begun: list[tuple[int, int, State]] = []  # what is under way: its first and its last possible start
+        self._next: dict[int, int] = {}  # by span: where to go on
+        self._watched: dict[int, float] = dict.fromkeys(spans.unread, inf)  # by span: the last start in question
+        self._read = self._settled = 0
 
     def read(self, text: str, final: bool) -> tuple[Sequence[Finding], int]:
         """The new certain findings and how far the text is settled (see `guardrails.types.Reading`)."""
-        settled = len(text) if final else self._span.live(text, self._next)
-        found, self._next = self._span.findings(text, self._next, settled)
-        return found, settled
+        if final:
+            return self._rest(text), len(text)
+        self._scan(text)
+        settled = min((first for first, _, _ in self._begun), default=len(text))
+        found: list[Finding] = []
+        for number, last in list(self._watched.items()):
+            span, start = self._spans.spans[number], max(self._settled, self._next.get(number, 0))
+            reached = span.live(text, start)
+            more, self._next[number] = span.findings(text, start, reached)
+            found += more
+            settled = min(settled, reached)
+            if reached > last:
+                del self._watched[number]
+        self._settled = max(self._settled, settled)
+        return found, self._settled
+
+    def _rest(self, text: str) -> list[Finding]:
+        """The findings in all that is not settled; words before it may announce them."""
+        found: list[Finding] = []
+        for number in sorted(self._spans.prefilter.candidates(text[max(0, self._settled - BEFORE) :])):
+            start = max(self._settled, self._next.get(number, 0))
+            found += self._spans.spans[number].findings(text, start, len(text))[0]
+        return found
+
+    def _scan(self, text: str) -> None:
+        """Follows what is under way through the new part of the text."""
+        scanner, begun = self._spans.scanner, self._begun
+        opened = scanner.opened
+        for at in range(self._read, len(text)):
+            sign, pair = text[at], text[at - 1 : at + 1] if at else text[0]
+            if begun:
+                begun = self._moved(begun, sign)
+            state = opened[pair] if pair in opened else scanner.open(pair)
+            if state is not None:
+                begun.append((at, at, state))
+                if state.done:
+                    self._watch(state.done, at)
+        self._read = len(text)
+        for first, last, state in begun:
+            if len(text) - first > LONG:
+                self._watch(state.alive, last)
+        if begun and self._watched:
+            begun = [one for one in begun if not self._is_watched(one)]
+        self._begun = begun
+
+    def _moved(self, begun: Sequence[tuple[int, int, State]], sign: str) -> list[tuple[int, int, State]]:
+        """What is still under way after `sign`; what has come to the same state goes on as one."""
+        moved: dict[State, tuple[int, int, State]] = {}
+        for first, last, state in begun:
+            after = state.next[sign] if sign in state.next else self._spans.scanner.step(state, sign)
+            if after is None:
+                continue
+            if after.done:
+                self._watch(after.done, last)
+            same = moved.get(after)
+            moved[after] = (same[0] if same else first, last, after)
+        return list(moved.values())
+
+    def _watch(self, numbers: Iterable[int], start: int) -> None:
+        """Has these spans read exactly until what starts at `start` is settled."""
+        for number in numbers:
+            self._watched[number] = max(start, self._watched.get(number, 0))
+
+    def _is_watched(self, one: tuple[int, int, State]) -> bool:
+        """True where all that may go on is watched anyway; then it need not be followed."""
+        _, last, state = one
+        if not self._watched.keys() >= state.alive:
+            return False
+        self._watch(state.alive, last)
+        return True
 
 
 class Spans:
@@ -106,12 +213,18 @@ class Spans:
 
     def __init__(self, spans: Sequence[Span]):
         self.spans = tuple(spans)
+        machines = _machines(tuple((span.pattern, span.needed) for span in self.spans))
+        self.prefilter, self.scanner, self.unread = machines
 
     def readings(self) -> Sequence[Reading]:
-        """Fresh readings, one a pattern."""
-        return [SpanReading(span) for span in self.spans]
+        """Fresh readings: one for all patterns."""
+        return [SpansReading(self)]
 
     async def find(self, text: str, context: Context) -> Sequence[Finding]:
         """The findings of all patterns, in the order of their start."""
-        found = [finding for reading in self.readings() for finding in reading.read(text, True)[0]]
+        return self.among(text, self.prefilter.candidates(text))
+
+    def among(self, text: str, candidates: Iterable[int]) -> list[Finding]:
+        """The findings of the spans with these numbers, in the order of their start (see `Prefilter`)."""
+        found = [one for i in sorted(candidates) for one in self.spans[i].findings(text, 0, len(text))[0]]
         return sorted(found, key=lambda finding: finding.start)

@@ -66,12 +66,61 @@ class Grader(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Question:
+    """One request to a guard model: either chat messages for its own template, or a `prompt` that is complete.
+
+    kind: the family whose format it is in. template: what the chat template is told beside the messages. tokens: how
+    many the answer may have; stop: texts that end it. after: what its deciding word stands behind. alternatives: how
+    many are wanted for each token.
+    """
+
+    kind: str
+    messages: tuple[Message, ...] = ()
+    prompt: str = ""
+    template: Mapping[str, object] = field(default_factory=dict)
+    tokens: int = 1
+    stop: tuple[str, ...] = ()
+    after: str = ""
+    alternatives: int = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token of an answer, and what could have stood in its place: (text, natural logarithm of the probability)."""
+
+    text: str
+    alternatives: tuple[tuple[str, float], ...] = ()
+
+
+class Judge(Protocol):
+    """A guard model that can be asked for the probabilities of its words."""
+
+    async def ask(self, question: Question) -> Sequence[Token]:
+        """The answer, token by token, as the most probable one; raises whatever keeps it from being had."""
+        ...
+
+
+class Placeholders(Protocol):
+    """What gives a redacted value a placeholder that can be restored (`guardrails.vault.Vault`)."""
+
+    def placeholder(self, label: str, value: str) -> str:
+        """What stands for `value` in what the model reads, such as `[EMAIL_1]`: the same for the same value."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
-    """What a validator may know beside the text: the conversation so far, models to ask, the persona of the policy."""
+    """What a validator may know beside the text: the conversation so far, models to ask, the persona of the policy.
+
+    judges: the guard models that the operator has set up, by name. vault: where rules with `vault` put what they
+    redact; without one they redact for good.
+    """
 
     messages: tuple[Message, ...] = ()
     grader: Grader | None = None
     persona: str = ""
+    judges: Mapping[str, Judge] = field(default_factory=dict)
+    vault: Placeholders | None = None
 
 
 @runtime_checkable
@@ -193,7 +242,10 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A sentence that the policy must treat as `expect` says; `rule` names the rule that must decide."""
+    """A sentence that the policy must treat as `expect` says; `rule` names the rule that must decide.
+
+    turns: what was said before it, and role who says it (of an input example). documents: what an answer must keep to.
+    """
 
     stage: Stage
     text: str
@@ -202,6 +254,9 @@ class Example:
     becomes: str = ""
     line: int = 0
     file: str = ""
+    role: Role = "user"
+    turns: tuple[Message, ...] = ()
+    documents: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

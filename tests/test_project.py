@@ -8,12 +8,13 @@ import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from packaging.requirements import Requirement
 from pydantic import BaseModel
 
-from app.settings import Settings
+from app.settings import GuardModelSettings, Settings
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("app", "guardrails", "alignment")
@@ -78,7 +79,7 @@ def test_the_example_file_as_it_stands_changes_nothing(monkeypatch: pytest.Monke
 
 
 def test_every_setting_and_nothing_else_is_in_the_example_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    uncommented = re.sub(r"(?m)^# (?=\w+ = )", "", EXAMPLE)
+    uncommented = _uncommented()
     assert set(_keys(tomllib.loads(uncommented))) == set(_fields(Settings))
     (tmp_path / "newel.toml").write_text(uncommented)
     monkeypatch.setenv("NEWEL_CONFIG", str(tmp_path / "newel.toml"))
@@ -88,10 +89,16 @@ def test_every_setting_and_nothing_else_is_in_the_example_file(tmp_path: Path, m
 def test_the_example_file_gives_the_true_defaults() -> None:
     examples = {"home", "database", "policies", "engine.url", "engine.api_key", "engine.python", "engine.args"}
     examples |= {"secret", "webhook.url", "webhook.secret"}
-    uncommented = tomllib.loads(re.sub(r"(?m)^# (?=\w+ = )", "", EXAMPLE))
-    defaults = Settings.model_construct()
+    examples |= {f"guard_models.qwen.{key}" for key in ("url", "model", "kind", "api_key")}
+    uncommented = tomllib.loads(_uncommented())
+    defaults = Settings.model_construct(guard_models={"qwen": GuardModelSettings.model_construct()})
     said = {key: value for key, value in _values(uncommented) if key not in examples}
     assert said == {key: _attribute(defaults, key) for key in said}
+
+
+def _uncommented() -> str:
+    """The example file with everything in it that stands in comments."""
+    return re.sub(r"(?m)^# (?=\w+ = |\[\w+\.\w+\]$)", "", EXAMPLE)
 
 
 def _keys(table: Mapping[str, object]) -> Iterator[str]:
@@ -110,13 +117,17 @@ def _fields(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _fields(field.annotation, f"{prefix}{name}.")
+        elif named := [
+            one for one in get_args(field.annotation) if isinstance(one, type) and issubclass(one, BaseModel)
+        ]:
+            yield from _fields(named[0], f"{prefix}{name}.qwen.")
         else:
             yield prefix + name
 
 
 def _attribute(model: object, path: str) -> object:
     for name in path.split("."):
-        model = getattr(model, name)
+        model = model[name] if isinstance(model, dict) else getattr(model, name)
     return model
 
 

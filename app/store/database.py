@@ -67,7 +67,8 @@ def connect(url: URL, busy: float = BUSY_SECONDS) -> AsyncEngine:
 def _prepare_sqlite(connection: DBAPIConnection, record: object) -> None:
     connection.isolation_level = None  # sqlite3 begins no transaction of its own: `_begin_sqlite` does
     cursor = connection.cursor()
-    for pragma in ("foreign_keys=ON", "synchronous=NORMAL"):
+    # what is deleted is overwritten: a value of the vault, once expired, is not in a free page either
+    for pragma in ("foreign_keys=ON", "synchronous=NORMAL", "secure_delete=ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

@@ -26,12 +26,13 @@ from app.records import (
     Turn,
     now,
 )
-from app.store import access, audit, feedback, judged, outbox, policies, tables, tickets, turns
+from app.store import access, audit, feedback, judged, outbox, policies, tables, tickets, turns, vault
 from app.store.audit import AuditEntry
 from app.store.database import Database, database_url, migrate, upsert
 from app.store.errors import SpillFull, StoreDown
 from app.store.spill import Replayed, Spill
 from app.store.turns import WithheldKind
+from app.store.vault import Owner, Sealed
 
 log = logging.getLogger(__name__)
 REMEMBERED_KEYS = 10_000
@@ -168,6 +169,34 @@ class Store:
         Raises NotFound, and ValueError without an actor and a reason.
         """
         return await self._db.write(lambda connection: turns.read_withheld(connection, turn, tenant, actor, reason))
+
+    # --- the vault: values behind placeholders, encrypted by `app.vault`
+
+    async def sealed_values(self, owner: Owner) -> list[Sealed]:
+        """What is kept for this owner and has not expired."""
+        return await self._db.read(lambda connection: vault.load(connection, owner))
+
+    async def keep_values(self, owner: Owner, new: Sequence[Sealed], until: datetime) -> None:
+        """Keeps new values, and all that the owner has, until then; raises Conflict, and keeps none, when one of the
+        placeholders was given out meanwhile."""
+        await self._db.write(lambda connection: vault.keep(connection, owner, new, until))
+
+    async def reveal_values(self, owner: Owner, turn: str, actor: str, reason: str) -> list[Sealed]:
+        """What is kept for this owner, for somebody who has to see the values of a turn; who and why is audited.
+
+        Raises ValueError without an actor and a reason.
+        """
+        return await self._db.write(lambda connection: vault.reveal(connection, owner, turn, actor, reason))
+
+    async def forget_values(
+        self, tenant: str, actor: str, *, conversation: str | None = None, owner: str | None = None
+    ) -> int:
+        """How many values of a tenant, of one conversation or of one owner were deleted; that is audited."""
+        return await self._db.write(lambda connection: vault.forget(connection, tenant, actor, conversation, owner))
+
+    async def delete_expired_values(self) -> int:
+        """How many values had expired and are deleted now."""
+        return await self._db.write(vault.delete_expired)
 
     # --- the spill
 

@@ -16,6 +16,7 @@ from sqlalchemy import (
     ForeignKeyConstraint,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     Table,
     Text,
@@ -244,6 +245,19 @@ deliveries = Table(
     _time("created_at"),
     _time("sent_at", null=True),
     Index(None, "state", "next_at"),
+)
+
+vault = Table(
+    "vault",
+    metadata,
+    _text("tenant", key=True),
+    _text("conversation", key=True),
+    _text("owner", key=True),
+    _text("placeholder", key=True),
+    _text("key"),
+    Column("data", LargeBinary, nullable=False),
+    _time("expires_at"),
+    Index(None, "expires_at"),
 )
 
 policies = Table(

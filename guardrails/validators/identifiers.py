@@ -23,11 +23,17 @@ class Announced(Span):
     The words are looked for in what is already read, so nothing is held back for them.
     """
 
-    __slots__ = ("_words",)
+    __slots__ = ("_words", "announcing")
 
     def __init__(self, label: str, pattern: str, words: str, accept: Accept):
         super().__init__(label, pattern, accept)
-        self._words = regex.compile(rf"(?i:(?<!\w)(?:{words})[^0-9\n]{{0,24}}\Z)")
+        self.announcing = rf"(?i:(?<!\w)(?:{words})[^0-9\n]{{0,24}})"
+        self._words = regex.compile(rf"{self.announcing}\Z")
+
+    @property
+    def needed(self) -> str:
+        """The match after its announcement."""
+        return f"{self.announcing}(?:{self.pattern})"
 
     def part(self, text: str, match: regex.Match[str]) -> tuple[int, int] | None:
         """The match, where it is announced and accepted."""
@@ -100,8 +106,6 @@ IDENTIFIERS = (
                r"[0-8][0-9]{8}|[0-8][0-9]{2}[ .][0-9]{2}[ .][0-9]{4}", r"ssn|s\.s\.n\.?|social security|social"),
     Identifier("za_id", "za.idnr", loose="[0-9]{2}[01][0-9][0-3][0-9] ?[0-9]{4} ?[01][89] ?[0-9]",
                words=r"(?:south african|sa|rsa) id\w{0,10}|id number"),
-)  # fmt: skip
-LETTERED = (
     Identifier("es_nie", "es.nie", r"[XYZxyz][ -]?[0-9]{7}[ -]?[A-Za-z]"),
     Identifier("in_pan", "in_.pan", "[A-Z]{3}[ABCFGHJLPT][A-Z][0-9]{4}[A-Z]"),
     Identifier("it_codice_fiscale", "it.codicefiscale",
@@ -110,4 +114,3 @@ LETTERED = (
     Identifier("uk_nino", "", "(?!BG|GB|KN|NK|NT|TN|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z] ?[0-9]{2} ?[0-9]{2} ?"
                               "[0-9]{2} ?[A-D]"),
 )  # fmt: skip
-"""Those that start with a letter."""

@@ -15,7 +15,6 @@ import regex
 from pydantic import BaseModel, ConfigDict, Field
 
 from guardrails.spans import Span, Spans
-from guardrails.validators.joined import Group, Joined
 
 Family = Literal[
     "ignore_instructions", "reveal_prompt", "role_override", "role_play", "unrestricted", "developer_mode",
@@ -512,19 +511,13 @@ class Meant(Span):
 
 def build(options: Options) -> Spans:
     """The validator for these families."""
-    groups: list[Group] = []
     by_family = [[one for one in PHRASES if one.family == family] for family in options.families]
-    if phrases := [one for family in by_family for one in family]:
-        groups.append(Group([_words(family) for family in by_family if family], r"(?<!\w)\w", head(phrases)))
-    if signs := [
-        Span(one.family, one.pattern, None, SCORES[one.family]) for one in SIGNS if one.family in options.families
-    ]:
-        groups.append(Group(signs, "[^a-z]"))
-    return Joined(groups)
+    signs = [Span(one.family, one.pattern, None, SCORES[one.family]) for one in SIGNS if one.family in options.families]
+    return Spans([*(_words(family) for family in by_family if family), *signs])
 
 
 def _words(phrases: Sequence[Phrase]) -> Span:
     """All phrases of one family as one span."""
     family, patterns = phrases[0].family, "|".join(phrase.pattern for phrase in phrases)
     kind = Meant if family in ("ignore_instructions", "reveal_prompt", "exfiltration") else Span
-    return kind(family, f"(?={head(phrases)})(?i:{patterns})", None, SCORES[family])
+    return kind(family, f"(?<!\\w)(?={head(phrases)})(?i:{patterns})", None, SCORES[family])

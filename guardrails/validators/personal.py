@@ -13,8 +13,7 @@ from stdnum import iban, luhn
 
 from guardrails.spans import Span, Spans
 from guardrails.validators import phones
-from guardrails.validators.identifiers import IDENTIFIERS, LETTERED, SEP
-from guardrails.validators.joined import Group, Joined
+from guardrails.validators.identifiers import IDENTIFIERS, SEP
 
 Kind = Literal[
     "email", "phone", "card", "iban", "date_of_birth", "ip",
@@ -40,9 +39,6 @@ class Options(BaseModel):
         description="Countries (ISO 3166, two letters) whose phone numbers are known without the `+` and country code.",
     )
 
-
-DIGITS, WORDS = r"(?<![0-9])[0-9+(]", r"(?<![0-9A-Za-z])\w"
-"""How matches of the two groups start: see `Group.gate`."""
 
 EMAIL = (
     r"(?<!\w)(?!git@)\w(?:[\w.%+'-]{0,62}[\w%+-])?@"
@@ -150,11 +146,7 @@ def _ip() -> list[Span]:
 def build(options: Options) -> Spans:
     """The validator for these kinds; raises ValueError for an unknown region."""
     kinds = set(options.kinds)
-    digits = [span for identifier in IDENTIFIERS if identifier.label in kinds for span in identifier.spans()]
-    digits += _card() if "card" in kinds else []
-    digits += phones.spans(options.regions) if "phone" in kinds else []
-    words = [span for identifier in LETTERED if identifier.label in kinds for span in identifier.spans()]
-    for kind, make in (("email", _email), ("iban", _iban), ("date_of_birth", _date_of_birth)):
-        words += make() if kind in kinds else []
-    groups = ((DIGITS, digits), (WORDS, words), ("[0-9A-Fa-f:]", _ip() if "ip" in kinds else []))
-    return Joined([Group(spans, gate) for gate, spans in groups if spans])
+    spans = [span for identifier in IDENTIFIERS if identifier.label in kinds for span in identifier.spans()]
+    spans += phones.spans(options.regions) if "phone" in kinds else []
+    makers = (("card", _card), ("email", _email), ("iban", _iban), ("date_of_birth", _date_of_birth), ("ip", _ip))
+    return Spans([*spans, *(span for kind, make in makers if kind in kinds for span in make())])

@@ -18,7 +18,6 @@ import regex
 from pydantic import BaseModel, ConfigDict, Field
 
 from guardrails.spans import Accept, Span, Spans
-from guardrails.validators.joined import Group, Joined
 
 Kind = Literal[
     "anthropic_key", "api_key", "atlassian_token", "aws_access_key", "aws_secret_key", "azure_key", "basic_auth_url",
@@ -175,11 +174,8 @@ MARKED = (
         None,
     ),
 )
-GROUPS = ((r"(?<![A-Za-z0-9])[A-Za-z0-9]", TOKENS), ("[A-Za-z]", ASSIGNED), ("[-:?&AS]", MARKED))
-"""How the matches of each group start (see `Group.gate`), and its shapes."""
 
 
 def build(options: Options) -> Spans:
     """The validator for these kinds."""
-    groups = [(gate, [secret.span() for secret in shapes if secret.kind in options.kinds]) for gate, shapes in GROUPS]
-    return Joined([Group(spans, gate) for gate, spans in groups if spans])
+    return Spans([secret.span() for secret in (*TOKENS, *ASSIGNED, *MARKED) if secret.kind in options.kinds])

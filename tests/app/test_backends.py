@@ -14,7 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import backends
-from app.backends import BackendError, Delta, OpenAIBackend, Prompt, Timeouts, Upstream, events, yes_probability
+from app.backends import (
+    BackendError,
+    Delta,
+    OpenAIBackend,
+    Prompt,
+    Timeouts,
+    Upstream,
+    events,
+    tokens_of,
+    yes_probability,
+)
 from guardrails.types import Message
 from tests.fakes import FakeUpstream, Script
 from tests.gateway import free_port
@@ -219,7 +229,7 @@ async def test_a_grader_gives_the_probability_of_yes(yes: float) -> None:
 
 def completion(*alternatives: tuple[str, float]) -> dict[str, Any]:
     top = [{"token": token, "logprob": math.log(chance)} for token, chance in alternatives]
-    return {"choices": [{"logprobs": {"content": [{"top_logprobs": top}]}}]}
+    return {"choices": [{"logprobs": {"content": [{"token": "?", "top_logprobs": top}]}}]}
 
 
 @pytest.mark.parametrize(
@@ -233,7 +243,7 @@ def completion(*alternatives: tuple[str, float]) -> dict[str, Any]:
     ],
 )
 def test_only_yes_and_no_count(alternatives: list[tuple[str, float]], expected: float) -> None:
-    assert yes_probability(completion(*alternatives)) == pytest.approx(expected)
+    assert yes_probability(tokens_of(completion(*alternatives))) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -241,8 +251,8 @@ def test_only_yes_and_no_count(alternatives: list[tuple[str, float]], expected: 
     [completion(("Maybe", 1.0)), completion(), {}, {"choices": []}, {"choices": [{"logprobs": None}]}],
 )
 def test_an_answer_without_yes_or_no_is_an_error(answer: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"the engine returned no|neither yes nor no"):
-        yes_probability(answer)
+    with pytest.raises(ValueError, match=r"the engine returned no|is none of no, yes"):
+        yes_probability(tokens_of(answer))
 
 
 async def test_a_grader_that_is_late_or_broken_is_an_error_of_the_engine() -> None:

@@ -1,0 +1,270 @@
+"""The guard models that an operator has set up, asked over HTTP within bounds.
+
+A question costs a GPU some milliseconds and a person some of their wait, so it is bounded: how many a model is asked at
+once, how long one may take, how many a turn may ask and how long they may all take, and a breaker that stops asking a
+model which fails. What was asked before is answered from memory. Whatever keeps an answer from being had raises, and the
+rule's `if_broken` decides: nothing passes because a guard was busy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, Literal
+
+import aiohttp
+import orjson
+
+from app.backends import BackendError, Upstream, answered
+from app.metrics import Metrics
+from app.settings import GuardModelSettings
+from guardrails.types import Judge, Question, Token
+
+Outcome = Literal[
+    "answered", "cached", "timeout", "unreachable", "busy", "rejected", "broken", "open", "budget", "kind", "cancelled"
+]
+REMEMBERED = 16_384
+"""Tokens of answers that are kept of one model: with their alternatives some 3 kB each, 50 MB in all."""
+KEPT = 3600.0
+"""Seconds for which an answer is kept: another model may be served under the same name by then."""
+FAILURES = 5
+"""Failures one after the other that open the breaker."""
+PAUSE = 15.0
+"""Seconds that an open breaker waits before it lets one question through to try."""
+
+
+class GuardModelError(Exception):
+    """A guard model was not asked: its breaker is open, the turn's budget is spent, or it is of another kind."""
+
+
+class BreakerOpen(GuardModelError):
+    """The model failed several times in a row and is left alone for a while."""
+
+
+class BudgetSpent(GuardModelError):
+    """The turn has asked as many questions as it may, or waited as long as it may."""
+
+
+class OtherKind(GuardModelError):
+    """The rule asks in the format of another family than the one that is served."""
+
+
+class Breaker:
+    """Stops asking what fails: closed, open for `pause` seconds after `failures` in a row, then one try decides."""
+
+    def __init__(self, failures: int = FAILURES, pause: float = PAUSE, clock: Callable[[], float] = time.monotonic):
+        self._limit, self._pause, self._clock = failures, pause, clock
+        self._failed = 0
+        self._until = 0.0
+        self._trying = False
+
+    @property
+    def open(self) -> bool:
+        """True from the failure that opened it to the success that closes it."""
+        return self._failed >= self._limit
+
+    def admit(self) -> None:
+        """Lets a question through, whose end must be told; raises BreakerOpen."""
+        if not self.open:
+            return
+        if self._trying or self._clock() < self._until:
+            raise BreakerOpen(f"the model failed {self._failed} times in a row and is not asked for a while")
+        self._trying = True
+
+    def succeeded(self) -> None:
+        """The model answered."""
+        self._failed, self._trying = 0, False
+
+    def failed(self) -> None:
+        """The model did not answer."""
+        self._failed, self._trying = self._failed + 1, False
+        self._until = self._clock() + self._pause
+
+    def unknown(self) -> None:
+        """The question was given up: nothing is known about the model."""
+        self._trying = False
+
+
+class Budget:
+    """What one turn may ask of all guard models together: so many questions, within so many seconds from the first."""
+
+    def __init__(self, questions: int, seconds: float):
+        self._left, self._seconds = questions, seconds
+        self._until: float | None = None
+
+    def take(self) -> float:
+        """The loop's time by which the answer must be there; raises BudgetSpent."""
+        now = asyncio.get_running_loop().time()
+        self._until = self._until or now + self._seconds
+        if self._left < 1:
+            raise BudgetSpent("the turn has asked as many guard questions as it may (guard_requests)")
+        if now >= self._until:
+            raise BudgetSpent("the turn's guard questions have taken as long as they may (guard_seconds)")
+        self._left -= 1
+        return self._until
+
+
+class GuardModel:
+    """One guard model behind an OpenAI-compatible URL."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: GuardModelSettings,
+        session: aiohttp.ClientSession,
+        metrics: Metrics,
+        breaker: Breaker | None = None,
+    ):
+        self._name, self._settings, self._session, self._metrics = name, settings, session, metrics
+        secret = settings.api_key.get_secret_value() if settings.api_key else ""
+        self._upstream = Upstream(settings.url, settings.model, secret)
+        self._slots = asyncio.Semaphore(settings.concurrency)
+        self._breaker = breaker or Breaker()
+        self._answers: OrderedDict[bytes, tuple[float, list[Token]]] = OrderedDict()
+        self._kept = 0
+        metrics.guard_breaker.labels(name).set(0)
+
+    async def ask(self, question: Question, budget: Budget) -> Sequence[Token]:
+        """The answer, remembered or asked for; raises GuardModelError, BackendError, ValueError."""
+        if question.kind != self._settings.kind:
+            self._count("kind")
+            raise OtherKind(
+                f"[guard_models.{self._name}] is a {self._settings.kind}, and a rule asks it as a {question.kind}"
+            )
+        key = _key(question)
+        if (known := self._remembered(key)) is not None:
+            self._count("cached")
+            return known
+        try:
+            until = budget.take()
+        except BudgetSpent:
+            self._count("budget")
+            raise
+        tokens = await self._asked(question, until)
+        self._remember(key, tokens)
+        return tokens
+
+    def _remembered(self, key: bytes) -> list[Token] | None:
+        since, tokens = self._answers.get(key, (0.0, []))
+        if not tokens or time.monotonic() - since > KEPT:
+            return None
+        self._answers.move_to_end(key)
+        return tokens
+
+    def _remember(self, key: bytes, tokens: list[Token]) -> None:
+        _, before = self._answers.pop(key, (0.0, []))
+        self._answers[key] = (time.monotonic(), tokens)
+        self._kept += len(tokens) - len(before)
+        while self._kept > REMEMBERED:
+            _, (_, oldest) = self._answers.popitem(last=False)
+            self._kept -= len(oldest)
+
+    async def _asked(self, question: Question, until: float) -> list[Token]:
+        """The model's answer, once there is room for the question; every end of it is counted."""
+        began = asyncio.get_running_loop().time()
+        late: Outcome = "budget" if until < began + self._settings.timeout else "timeout"
+        until = min(until, began + self._settings.timeout)
+        outcome: Outcome = "cancelled"
+        try:
+            async with asyncio.timeout_at(until):
+                await self._slots.acquire()
+        except TimeoutError:
+            self._count("busy")
+            raise BackendError("busy", f"The guard model {self._name!r} has no room for another question.") from None
+        try:
+            self._breaker.admit()
+            tokens = await answered(self._session, self._upstream, *_request(question, self._upstream.model), until)
+            outcome = "answered"
+            self._metrics.guard_model_time.labels(self._name).observe(asyncio.get_running_loop().time() - began)
+            return tokens
+        except BreakerOpen:
+            outcome = "open"
+            raise
+        except BackendError as error:
+            outcome = late if error.fault == "timeout" else error.fault
+            raise
+        except ValueError:
+            outcome = "broken"
+            raise
+        finally:
+            self._slots.release()
+            self._tell(outcome)
+
+    def _tell(self, outcome: Outcome) -> None:
+        """Counts how a question ended, and tells the breaker what that says about the model."""
+        self._count(outcome)
+        if outcome in ("answered", "rejected"):  # a model that refuses a question is alive
+            self._breaker.succeeded()
+        elif outcome in ("timeout", "unreachable", "busy", "broken"):
+            self._breaker.failed()
+        elif outcome != "open":
+            self._breaker.unknown()
+        self._metrics.guard_breaker.labels(self._name).set(self._breaker.open)
+
+    def _count(self, outcome: Outcome) -> None:
+        self._metrics.guard_models.labels(self._name, outcome).inc()
+
+
+class _Within:
+    """A guard model as the validators of one turn may ask it."""
+
+    def __init__(self, model: GuardModel, budget: Budget):
+        self._model, self._budget = model, budget
+
+    async def ask(self, question: Question) -> Sequence[Token]:
+        """The model's answer, paid from the turn's budget."""
+        return await self._model.ask(question, self._budget)
+
+
+class GuardModels:
+    """All guard models of a gateway."""
+
+    def __init__(
+        self,
+        settings: Mapping[str, GuardModelSettings],
+        session: aiohttp.ClientSession,
+        metrics: Metrics,
+        questions: int,
+        seconds: float,
+    ):
+        self._models = {name: GuardModel(name, one, session, metrics) for name, one in settings.items()}
+        self._questions, self._seconds = questions, seconds
+
+    def of_turn(self) -> dict[str, Judge]:
+        """The judges of one turn by name, for its `Context`; they share a budget that starts with their first question."""
+        budget = Budget(self._questions, self._seconds)
+        return {name: _Within(model, budget) for name, model in self._models.items()}
+
+
+def _key(question: Question) -> bytes:
+    """What an answer is remembered by: a hash, so that no text is kept."""
+    messages = [[one.role, _sound(one.content)] for one in question.messages]
+    parts = [messages, _sound(question.prompt), question.template, question.tokens, question.stop]
+    return hashlib.sha256(orjson.dumps([*parts, question.alternatives], option=orjson.OPT_SORT_KEYS)).digest()
+
+
+def _request(question: Question, model: str) -> tuple[str, dict[str, Any]]:
+    """(route, body) of the question. A prompt brings its own first token; a greedy answer is the most probable one."""
+    body: dict[str, Any] = {"model": model, "max_tokens": question.tokens, "temperature": 0}
+    if question.stop:
+        body["stop"] = list(question.stop)
+    if question.prompt:
+        prompt = {"prompt": _sound(question.prompt), "logprobs": question.alternatives, "add_special_tokens": False}
+        return "completions", body | prompt
+    body |= {"logprobs": True, "top_logprobs": question.alternatives}
+    if question.template:
+        body["chat_template_kwargs"] = dict(question.template)
+    messages = [{"role": one.role, "content": _sound(one.content)} for one in question.messages]
+    return "chat/completions", body | {"messages": messages}
+
+
+def _sound(text: str) -> str:
+    """The text without lone surrogates, which JSON in UTF-8 cannot carry."""
+    with suppress(UnicodeEncodeError):
+        text.encode()
+        return text
+    return text.encode("utf-8", "replace").decode()

@@ -363,14 +363,18 @@ def _expanded(template: str, most: int) -> Iterator[str]:
     choices = [found.split("|") for found in _CHOICE.findall(template)]
     everything = prod(map(len, choices))
     for number in range(min(most, everything)):
-        made = iter([words[(number * (1 + place) + number // len(words)) % len(words)] for place, words in enumerate(choices)])
+        made = iter(
+            [words[(number * (1 + place) + number // len(words)) % len(words)] for place, words in enumerate(choices)]
+        )
         yield _CHOICE.sub(lambda _, made=made: next(made), template)  # type: ignore[misc]
 
 
 # --- refusals
 
 
-_DECLINES = regex.compile(r"(?i)\s*(?:i(?:'m|’m| am)?(?: very)? (?:sorry|apologi[sz]e|can(?:no|')t|cannot|am unable|unable))")
+_DECLINES = regex.compile(
+    r"(?i)\s*(?:i(?:'m|’m| am)?(?: very)? (?:sorry|apologi[sz]e|can(?:no|')t|cannot|am unable|unable))"
+)
 
 
 def refusals(shelf: Shelf) -> Iterator[Row]:
@@ -409,12 +413,23 @@ RECIPES: dict[str, tuple[Callable[[Shelf], Iterator[Row]], ...]] = {
     "harm": (harms, harmful_replies, harmless, sensitive),
     "refusal": (refusals,),
 }
-"""What each shipped head is trained on."""
+"""What each shipped head is trained on, with the near misses that newel wrote."""
 
 
 def recipe(head: str, shelf: Shelf) -> list[Row]:
-    """The rows that a shipped head is trained on; raises CorpusError where the folder has none."""
-    rows = distinct(row for part in RECIPES[head] for row in part(shelf))
-    if not rows:
+    """The rows that a shipped head is trained on; raises CorpusError where the folder has none of the sets."""
+    if not (rows := [row for part in RECIPES[head] for row in part(shelf)]):
         raise CorpusError(f"{shelf.folder} holds none of the public sets that guardrails/models/README.md names")
-    return rows
+    return distinct([*rows, *contrasts(head)])
+
+
+def measured_on(head: str, shelf: Shelf) -> Iterator[Row]:
+    """Rows that no shipped head is trained on: the guard demo of OpenAI; XSTest and Aegis."""
+    if head == "injection":
+        for one in shelf.records("openai-guardrails-demo/demo_data.jsonl.gz"):
+            yield Row(one["data"], "injection" if one["expected_triggers"]["Jailbreak"] else BENIGN, "openai-demo")
+    if head == "harm":
+        for one in shelf.records("xstest/by_type_dev__xstest_prompts.csv.gz"):
+            yield Row(one["prompt"], UNSORTED if one["label"] == "unsafe" else BENIGN, "xstest")
+        for one in shelf.records("guard-benchmarks/aegis_test.jsonl.gz"):
+            yield Row(one["prompt"], UNSORTED if one["label"] == "harmful" else BENIGN, "aegis")

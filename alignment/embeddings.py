@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -73,7 +72,7 @@ class Embeddings:
                     np.float16
                 ),
             )
-        os.replace(part, self.path)
+        part.replace(self.path)
 
 
 def _key(text: str) -> bytes:

@@ -13,10 +13,13 @@ from app.api import service_of
 from app.auth import identify
 from app.errors import ApiError
 from app.middleware import read_body
+from app.policies import Put
 from app.records import Key, Ticket, TicketState
-from app.schemas import PolicyUpload, TicketAnswer, parse
+from app.schemas import PolicyChoice, PolicyUpload, TicketAnswer, parse
 from app.service import Service
 from guardrails.check import render
+from guardrails.schema import json_schema
+from guardrails.types import Grader
 
 router = APIRouter(prefix="/admin")
 STATES: tuple[TicketState, ...] = ("open", "answered", "closed")
@@ -85,7 +88,8 @@ def _ticket(ticket: Ticket) -> Response:
 async def policies(request: Request, name: str | None = None) -> Response:
     """The stored policy versions, newest first."""
     service, _ = await _admin(request)
-    return _list("policy", await service.store.policies(name))
+    listed = [_shown("policy", one) | {"state": one.state} for one in await service.store.policies(name)]
+    return JSONResponse({"object": "list", "data": listed})
 
 
 @router.post("/policies")
@@ -93,9 +97,41 @@ async def put_policy(request: Request) -> Response:
     """Checks a policy, stores it, and makes it live unless told not to; a failing one changes nothing."""
     service, _ = await _admin(request)
     told = parse(PolicyUpload, await read_body(request, service.settings.body_limit))
-    grader = service.backend if service.engine.state == "ready" else None
-    policy, report = await service.policies.put(told.source, told.by, told.activate, grader)
-    return JSONResponse({"object": "policy", "id": policy.id, "active": told.activate, "report": render(report)})
+    return _put(await service.policies.put(told.source, told.by, told.activate, _grader(service)), told.activate)
+
+
+@router.get("/policies/schema")
+async def policy_schema(request: Request) -> Response:
+    """The JSON Schema of a policy file, for editors."""
+    await _admin(request)
+    return JSONResponse(json_schema())
+
+
+@router.post("/policies/{name}/activate")
+async def activate_policy(request: Request, name: str) -> Response:
+    """Checks a stored version anew, a draft or a retired one, and makes it live."""
+    service, _ = await _admin(request)
+    told = parse(PolicyChoice, await read_body(request, service.settings.body_limit))
+    if not told.version:
+        raise ApiError(400, "Say which 'version' to activate, or its start.", code="missing_required_parameter", param="version")
+    return _put(await service.policies.activate(name, told.version, told.by, _grader(service)))
+
+
+@router.post("/policies/{name}/rollback")
+async def roll_back_policy(request: Request, name: str) -> Response:
+    """Makes the version live again that was live before, or the one that is named, once it passes its check."""
+    service, _ = await _admin(request)
+    told = parse(PolicyChoice, await read_body(request, service.settings.body_limit))
+    return _put(await service.policies.roll_back(name, told.version, told.by, _grader(service)))
+
+
+def _grader(service: Service) -> Grader | None:
+    return service.backend if service.engine.state == "ready" else None
+
+
+def _put(put: Put, active: bool = True) -> Response:
+    what = {"object": "policy", "id": put.policy.id, "active": active, "report": render(put.report)}
+    return JSONResponse(what | {"left_behind": put.left_behind})
 
 
 @router.get("/audit")

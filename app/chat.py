@@ -18,7 +18,8 @@ from app.records import Tenant, Ticket, Turn, new_id
 from app.schemas import ChatRequest
 from app.service import Service
 from app.store import SpillFull, StoreDown, StoreError
-from guardrails.engine import Guard, appended, judge_messages
+from guardrails.conversation import appended, judge_messages
+from guardrails.engine import Guard
 from guardrails.types import Action, Context, Message, Policy, Verdict
 
 UNSTORED = "This turn cannot be recorded just now, so it was not answered. Please try again in a moment."

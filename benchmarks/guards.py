@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable
 
 from guardrails import load
-from guardrails.engine import Guard, judge_messages
+from guardrails.conversation import judge_messages
+from guardrails.engine import Guard
 from guardrails.types import Context, Message, Policy
 
 REPLY = (

@@ -77,8 +77,8 @@ def _deciding(tokens: Sequence[Token], after: str) -> tuple[int, int]:
     if not any(token.alternatives for token in tokens):
         raise Undecided("the engine returned no log-probabilities; it must support `logprobs`")
     text = "".join(token.text for token in tokens)
-    begin = text.rfind(after) + len(after) if after in text else -1
-    if begin < 0:
+    begin = text.rfind(after) + len(after) if after else 0
+    if after not in text:
         raise Undecided(f"the model's answer has no {after!r} within its {len(tokens)} tokens")
     end = 0
     for place, token in enumerate(tokens):

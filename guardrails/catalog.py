@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from guardrails.types import Validator
 
 GROUP = "newel.validators"
-BUILT_IN = ("grader", "injection", "language", "length", "patterns", "personal", "secrets", "topics")
+BUILT_IN = ("grader", "guard_model", "injection", "language", "length", "patterns", "personal", "secrets", "topics")
 
 
 class CatalogError(ValueError):

@@ -98,7 +98,7 @@ def _judged(key: str, before: RuleTable, after: RuleTable) -> tuple[Way, str]:
             return ("looser" if _narrowed(before, after) else "stricter"), _window(before, after)
         case "budget":
             # Where a late validator lets the text through, less time guards less.
-            short = new < old and "allow" in (before.if_broken, after.if_broken)
+            short = new < old and after.if_broken == "allow"
             return ("looser" if short else "wording"), f"{old} or more, since if_broken is 'allow'"
     return ("wording", "any") if key in WORDING else ("other", _toml(old))
 

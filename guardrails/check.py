@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from math import ceil, sqrt
 
-from guardrails.engine import judge, judge_messages, stream
+from guardrails.conversation import judge_messages
+from guardrails.engine import judge, stream
 from guardrails.types import (
     Action,
     Context,
@@ -254,7 +255,7 @@ async def check(
 
     Without `lint` only the examples count: a policy whose parent has changed need not prove its rules again.
     """
-    unchecked = tuple([rule.name for rule in (*policy.input, *policy.output) if await _asks(rule, grader, judges)])
+    unchecked = await without_models(policy, grader, judges)
     run = _Run(
         rules={
             "input": [rule for rule in policy.input if rule.name not in unchecked],
@@ -284,6 +285,11 @@ async def check(
         tallies.append(await run.tally(stage, rule, its))
     skipped = tuple(example for example in policy.examples if example.rule in unchecked)
     return Report(policy.id, tuple(results), skipped, tuple(faults), tuple(tallies), unchecked, tuple(outlooks))
+
+
+async def without_models(policy: Policy, grader: Grader | None, judges: Mapping[str, Judge] | None) -> tuple[str, ...]:
+    """The names of the rules that ask a model which is not there, so that nothing can be said about them."""
+    return tuple([rule.name for rule in (*policy.input, *policy.output) if await _asks(rule, grader, judges)])
 
 
 def _enforcing(rules: Sequence[Rule], shadow: Rule | None) -> Sequence[Rule]:
@@ -396,7 +402,7 @@ async def _hostile(rule: Rule, own: Sequence[str], streamed: bool) -> list[str]:
 
 async def _read(rule: Rule, text: str, streamed: bool) -> None:
     """Reads a text as this rule would, whole and perhaps as it grows; raises what its validator raises."""
-    await rule.validator.find(text, Context((Message("user", text),), _Absent()))
+    await rule.validator.find(text, Context((Message("user", text),), _Absent(), judges=_Nobody()))
     if streamed and isinstance(rule.validator, StreamValidator):
         for reading in rule.validator.readings():
             for end in range(STREAM_CHARACTERS, len(text), STREAM_CHARACTERS):

@@ -29,7 +29,7 @@ class RuleDiff:
 
 
 @dataclass(frozen=True, slots=True)
-class Same:
+class Listing:
     """Things that have names: those that only one side has, and those that differ (name, before, after)."""
 
     added: tuple[str, ...] = ()
@@ -47,8 +47,8 @@ class Diff:
     before: str
     after: str
     rules: tuple[RuleDiff, ...]
-    routes: Same
-    examples: Same
+    routes: Listing
+    examples: Listing
     texts: Mapping[str, tuple[str, str]]
 
     @property
@@ -109,9 +109,9 @@ def _way(found: Sequence[Change]) -> Way:
     return ways.pop() if len(ways) == 1 else "other" if ways else "wording"
 
 
-def _named(before: Mapping[str, T], after: Mapping[str, T], said: Callable[[T], str]) -> Same:
+def _named(before: Mapping[str, T], after: Mapping[str, T], said: Callable[[T], str]) -> Listing:
     """What only one side has, and what differs, in words."""
-    return Same(
+    return Listing(
         added=tuple(name for name in after if name not in before),
         removed=tuple(name for name in before if name not in after),
         changed=tuple(
@@ -189,4 +189,10 @@ def _cut(text: str) -> str:
 
 def as_json(found: Diff) -> dict[str, object]:
     """The difference as plain values, for programs."""
-    return asdict(found) | {"same": found.same}
+    keys = ("key", "before", "after", "way")
+    rules = [
+        {"rule": one.rule, "stage": one.stage, "kind": one.kind, "way": one.way}
+        | {"changes": [{key: getattr(change, key) for key in keys} for change in one.changes]}
+        for one in found.rules
+    ]
+    return {"same": found.same} | asdict(found) | {"rules": rules}

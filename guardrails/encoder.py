@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from hashlib import blake2b
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -32,6 +33,8 @@ SIZE = 384
 """Numbers in a vector."""
 TOKENS = 126
 """Tokens of the text in a window; with the two that frame it, 128."""
+FIRST, LAST = 101, 102
+"""The tokens that frame a window: [CLS], [SEP]."""
 MOST = 8
 """Windows of a text. Of one that has more, the first, the last and an even sample of those between."""
 LONG = 16_000
@@ -183,7 +186,7 @@ def _cut(tokenizer: Tokenizer, text: str) -> list[_Cut]:
     if len(text) <= LONG:
         encoding = tokenizer.encode(text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets
-        return [_frame(tokenizer, ids[a:b], offsets[a][0], offsets[b - 1][1]) for a, b in _places(len(ids))]
+        return [_frame(ids[a:b], offsets[a][0], offsets[b - 1][1]) for a, b in _places(len(ids))]
     cuts = []
     for i in range(MOST):
         start = round(i * (len(text) - PIECE) / (MOST - 1))
@@ -191,13 +194,12 @@ def _cut(tokenizer: Tokenizer, text: str) -> list[_Cut]:
         part = slice(-TOKENS, None) if i == MOST - 1 else slice(TOKENS)
         if ids := encoding.ids[part]:
             offsets = encoding.offsets[part]
-            cuts.append(_frame(tokenizer, ids, start + offsets[0][0], start + offsets[-1][1]))
+            cuts.append(_frame(ids, start + offsets[0][0], start + offsets[-1][1]))
     return cuts
 
 
-def _frame(tokenizer: Tokenizer, ids: list[int], start: int, end: int) -> _Cut:
-    first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
-    return _Cut((start, end), [first, *ids, last])
+def _frame(ids: list[int], start: int, end: int) -> _Cut:
+    return _Cut((start, end), [FIRST, *ids, LAST])
 
 
 def _places(tokens: int) -> list[tuple[int, int]]:
@@ -205,7 +207,7 @@ def _places(tokens: int) -> list[tuple[int, int]]:
     count = -(-tokens // TOKENS)
     if count <= MOST:
         edges = [round(i * tokens / count) for i in range(count + 1)] if count else []
-        return list(zip(edges, edges[1:], strict=False))
+        return list(pairwise(edges))
     starts = [round(i * (tokens - TOKENS) / (MOST - 1)) for i in range(MOST)]
     return [(start, start + TOKENS) for start in starts]
 

@@ -1,7 +1,7 @@
 """Small classifiers on the encoder's windows: plain arrays, no pickles, numpy alone.
 
-A head reads a window twice: its vector goes through one hidden layer, its characters through hashed n-grams. The two
-are added, made a probability, and mapped to a score by the head's own thresholds: 0.5 where 2 to 5 % of harmless texts
+A head reads a window twice: its vector and its characters' n-grams (hashed) each give a number. The two are added, made
+a probability, and mapped to a score by the head's own thresholds: 0.5 where 2 to 5 % of harmless texts
 begin to be hit ("worth a second look"), 0.9 where about 0.2 % are ("sure").
 """
 
@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from guardrails.encoder import Windows
+from guardrails.encoder import SIZE, Windows
 
 SHIPPED = Path(__file__).with_name("models")
 SUFFIX = ".npz"
@@ -67,22 +68,17 @@ class Seen:
 class Head:
     """The arrays of a head and what is known of them.
 
-    hidden, hidden_bias, out, out_bias: vector -> relu -> one number. grams (int8) times scale, grams_bias: the n-grams'
-    number. mix: how the two and a constant are added to a logit. escalate, block: probabilities of the two
-    thresholds. labels: names of what is found; with more than one, sorts (384, labels) and sorts_bias choose.
-    about: metadata as JSON, such as the fingerprint of the data.
+    A window's logit is vector @ weights, plus scale times the sum of its n-grams' weights (int8) over the root of
+    their number, plus bias. escalate, block: probabilities of the two thresholds. labels: what may be found; with more
+    than one, vector @ sorts + sorts_bias chooses. about: what it was made of and how it did, as JSON.
     """
 
     name: str
     labels: tuple[str, ...]
-    hidden: Numbers
-    hidden_bias: Numbers
-    out: Numbers
-    out_bias: float
+    weights: Numbers
+    bias: float
     grams: NDArray[np.int8]
     scale: float
-    grams_bias: float
-    mix: tuple[float, float, float]
     escalate: float
     block: float
     sorts: Numbers
@@ -94,18 +90,15 @@ class Head:
         """The n-grams go into 2**bits buckets."""
         return len(self.grams).bit_length() - 1
 
+    def letters(self, text: str) -> float:
+        """The n-grams' part of the logit of a window's text."""
+        buckets = grams(text, self.bits)
+        return int(self.grams[buckets].sum(dtype=np.int64)) * self.scale / float(max(1, len(buckets)) ** 0.5)
+
     def logits(self, text: str, windows: Windows) -> Numbers:
         """The logit of each window."""
-        vectors = windows.vectors.astype(np.float64)
-        meaning = np.maximum(vectors @ self.hidden + self.hidden_bias, 0) @ self.out + self.out_bias
-        a, b, c = self.mix
-        letters = np.array([self._letters(text[start:end]) for start, end in windows.spans]) if b else 0.0
-        return np.asarray(a * meaning + b * letters + c)
-
-    def _letters(self, text: str) -> float:
-        buckets = grams(text, self.bits)
-        total = float(self.grams[buckets].sum(dtype=np.int64)) * self.scale
-        return total / np.sqrt(max(1, len(buckets))) + self.grams_bias
+        letters = np.array([self.letters(text[start:end]) for start, end in windows.spans])
+        return np.asarray(windows.vectors @ self.weights + letters + self.bias)
 
     def probability(self, text: str, windows: Windows) -> float:
         """The calibrated probability of the whole text: that of its worst window; 0 for a text without words."""
@@ -117,7 +110,8 @@ class Head:
 
     def scores(self, probability: Numbers | float) -> Numbers:
         """Probabilities as scores: straight lines through (0, 0), (escalate, 0.5), (block, 0.9), (1, 1)."""
-        return np.asarray(np.interp(probability, (0.0, self.escalate, self.block, 1.0), (0.0, ESCALATE, BLOCK, 1.0)))
+        knots = (0.0, self.escalate, self.block, 1.0)
+        return np.asarray(np.interp(probability, knots, (0.0, ESCALATE, BLOCK, 1.0)))
 
     def read(self, text: str, windows: Windows) -> list[Seen]:
         """What is seen in each window, in their order."""
@@ -171,64 +165,51 @@ def read(path: Path) -> Head:
     """The head in a file; raises HeadError for one that is damaged or not a head."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            about = json.loads(file["about"].tobytes())
-            numbers = {
-                name: file[name].astype(np.float64) for name in ("hidden", "hidden_bias", "out", "sorts", "sorts_bias")
-            }
+            said = json.loads(file["head"].tobytes())
             head = Head(
-                name=about["name"],
-                labels=tuple(about["labels"]),
-                out_bias=about["out_bias"],
+                name=said["name"],
+                labels=tuple(said["labels"]),
+                weights=file["weights"].astype(np.float64),
+                bias=said["bias"],
                 grams=file["grams"],
-                scale=about["scale"],
-                grams_bias=about["grams_bias"],
-                mix=tuple(about["mix"]),
-                escalate=about["escalate"],
-                block=about["block"],
-                about=about["about"],
-                **numbers,
+                scale=said["scale"],
+                escalate=said["escalate"],
+                block=said["block"],
+                sorts=file["sorts"].astype(np.float64),
+                sorts_bias=file["sorts_bias"].astype(np.float64),
+                about=said["about"],
             )
         _check(head)
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise HeadError(f"{path} is not a head that can be read ({error}); train it again or restore it") from error
     return head
 
 
 def _check(head: Head) -> None:
     """Raises ValueError where the shapes or the thresholds do not fit together."""
-    size, width = head.hidden.shape
-    shapes = head.hidden_bias.shape == (width,) == head.out.shape and head.sorts.shape == (size, len(head.labels))
-    if not shapes or head.sorts_bias.shape != (len(head.labels),) or 1 << head.bits != len(head.grams):
+    many = len(head.labels)
+    fits = head.weights.shape == (SIZE,) and head.sorts.shape == (SIZE, many) and head.sorts_bias.shape == (many,)
+    if not fits or not many or head.grams.dtype != np.int8 or head.grams.shape != (1 << head.bits,):
         raise ValueError("its arrays do not fit together")
-    if not 0 < head.escalate <= head.block <= 1:
+    if not 0 < head.escalate < head.block < 1:
         raise ValueError("its thresholds are not in order")
-    if not all(np.isfinite(part).all() for part in (head.hidden, head.hidden_bias, head.out, head.sorts)):
+    if not all(np.isfinite(part).all() for part in (head.weights, head.bias, head.scale, head.sorts, head.sorts_bias)):
         raise ValueError("it has numbers that are not finite")
 
 
-def write(head: Head, path: Path) -> None:
-    """Writes a head, whole or not at all."""
-    about = {
-        "name": head.name,
-        "labels": list(head.labels),
-        "out_bias": head.out_bias,
-        "scale": head.scale,
-        "grams_bias": head.grams_bias,
-        "mix": list(head.mix),
-        "escalate": head.escalate,
-        "block": head.block,
-        "about": dict(head.about),
-    }
+def write(head: Head, path: Path, more: Mapping[str, NDArray[Any]] | None = None) -> None:
+    """Writes a head, whole or not at all; `more` are arrays that only training reads again."""
+    said = {name: getattr(head, name) for name in ("name", "labels", "bias", "scale", "escalate", "block", "about")}
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     with part.open("wb") as file:
         np.savez_compressed(
             file,
-            about=np.frombuffer(json.dumps(about).encode(), np.uint8),
-            hidden=head.hidden.astype(np.float16),
-            hidden_bias=head.hidden_bias.astype(np.float32),
-            out=head.out.astype(np.float32),
+            head=np.frombuffer(json.dumps(said).encode(), np.uint8),
+            weights=head.weights.astype(np.float32),
             grams=head.grams,
             sorts=head.sorts.astype(np.float16),
             sorts_bias=head.sorts_bias.astype(np.float32),
+            **(more or {}),  # type: ignore[arg-type]
         )
     part.replace(path)

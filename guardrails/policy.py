@@ -87,11 +87,15 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """A policy with its rules as they are written; `parents` are the names of all that it extends, the next first."""
+    """A policy with its rules as they are written.
+
+    parents: the names of all that it extends, the next one first. files: where it and they were read, in that order.
+    """
 
     policy: Policy
     rules: tuple[WrittenRule, ...]
     parents: tuple[str, ...]
+    files: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +117,15 @@ class Library:
     def found(self, name: str, seen: Sequence[_Layer] = ()) -> _Layer | None:
         """The first of this name that is not in `seen`, not yet read; raises PolicyError when it cannot be opened.
 
-        A text that is in no file stands for the stored one of its name, whichever version of it that is.
+        What is stored under a name may be another version, or a copy, of a policy of that name in `seen`.
         """
-        texts = {layer.name for layer in seen if layer.path is None}
-        if name in self.stored and name not in texts:
+        if name in self.stored and name not in [layer.name for layer in seen]:
             return self.layer(self.stored[name])
-        paths = [layer.path for layer in seen]
-        files = (folder / f"{name}.toml" for folder in (*self.folders, SHIPPED))
-        path = next((file for file in files if file.is_file() and file.resolve() not in paths), None)
-        return _opened(path) if path else None
+        paths, texts = [layer.path for layer in seen], [layer.source for layer in seen]
+        for file in (folder / f"{name}.toml" for folder in (*self.folders, SHIPPED)):
+            if file.is_file() and file.resolve() not in paths and (layer := _opened(file)).source not in texts:
+                return layer
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,7 +334,9 @@ def _resolved(leaf: _Layer, library: Library) -> Resolved:
         examples=tuple(_example(*found) for found in examples.values()),
         source=leaf.source,
     )
-    return Resolved(policy, written, tuple(str(layer.top["extends"]) for layer in reversed(layers[1:])))
+    youngest_first = layers[::-1]
+    parents = tuple(str(layer.top["extends"]) for layer in youngest_first[:-1])
+    return Resolved(policy, written, parents, tuple(layer.file for layer in youngest_first))
 
 
 def _digest(content: object) -> str:

@@ -19,14 +19,22 @@ from guardrails.syntax import Node, Unreadable, nullable, parse
 from guardrails.types import Context, Finding, Reading
 
 Accept = Callable[[str], bool]
-TIMEOUT = 0.25
-"""Seconds that one search may take before the rule counts as broken (hostile text against a slow pattern)."""
+TIMEOUT = 0.04
+"""Seconds of CPU that one search may take before the rule counts as broken (hostile text against a slow pattern).
+
+`regex` counts the time of all threads of the process, and lets other threads run meanwhile."""
+SHORT, MOST = 20_000, 2.0
+"""Up to how many characters that is enough, and the seconds for a text of any length; long ones are read aside."""
 
 
 LONG = 24
 """How many characters something may be under way before it is read exactly instead of being held back."""
 BEFORE = 64
 """How many characters before a match may decide whether it counts (see `Span.needed`)."""
+
+
+SET_START = regex.compile(r"\^?\]?")
+"""What a set may start with that does not end it."""
 
 
 class PatternError(ValueError):
@@ -36,24 +44,36 @@ class PatternError(ValueError):
 def open_ended(pattern: str) -> str:
     r"""`pattern` with each word boundary also true at the end of the text, where more text could make it so.
 
-    Raises PatternError for a boundary inside a negative look-ahead, whose truth at the end cannot be told.
+    In a negative look-around, where true means no, what the end could change asks for one more character instead.
     """
     out: list[str] = []
+    groups: list[bool] = []  # of each open group: whether it stands in a negative look-around
     in_class, i = False, 0
     while i < len(pattern):
-        pair = pattern[i : i + 2]
-        if pair in (r"\b", r"\B") and not in_class:
-            if "".join(out).endswith("(?!"):
-                raise PatternError(f"a word boundary right after '(?!' cannot be judged in a stream, at character {i}")
-            out.append(rf"(?:{pair}|\Z)")
-        elif pair.startswith("\\"):
-            out.append(pair)
-        else:
-            in_class = pair[:1] == "[" or (in_class and pair[:1] != "]")
-            out.append(pair[:1])
-            i -= 1
-        i += 2
+        pair, negative = pattern[i : i + 2], groups[-1:] == [True]
+        size = 2 if pair[0] == "\\" else 1
+        sign = pair[:size]
+        if in_class:
+            in_class = sign != "]"
+        elif sign == "[":
+            in_class = True
+            start = SET_START.match(pattern, i + 1)
+            size += len(start[0]) if start else 0
+            sign = pattern[i : i + size]
+        elif sign == "(":
+            groups.append(negative or pattern.startswith(("(?!", "(?<!"), i))
+        elif sign == ")":
+            del groups[-1:]
+        elif sign in (r"\b", r"\B", r"\m", r"\M", r"\Z", "$"):
+            sign = rf"(?:(?=(?s:.)){sign})" if negative else sign if sign in (r"\Z", "$") else rf"(?:{sign}|\Z)"
+        out.append(sign)
+        i += size
     return "".join(out)
+
+
+def allowed(characters: int) -> float:
+    """Seconds of CPU that one search through so many characters may take."""
+    return min(MOST, TIMEOUT * max(1.0, characters / SHORT))
 
 
 class Span:
@@ -83,8 +103,11 @@ class Span:
 
     def live(self, text: str, start: int) -> int:
         """The first place at or after `start` where this pattern could still match if more text came."""
-        found = self._live.search(text, pos=start, partial=True, timeout=TIMEOUT)
+        found = self._live.search(text, pos=start, partial=True, timeout=allowed(len(text) - start))
         return len(text) if found is None else found.start()
+
+    def _search(self, text: str, start: int) -> regex.Match[str] | None:
+        return self._pattern.search(text, pos=start, timeout=allowed(len(text) - start))
 
     def part(self, text: str, match: regex.Match[str]) -> tuple[int, int] | None:
         """Where in `text` the part of this match lies that is found; None where the match is turned down."""
@@ -94,7 +117,7 @@ class Span:
     def findings(self, text: str, start: int, settled: int) -> tuple[list[Finding], int]:
         """The findings whose match starts in `start..settled`, and the place to go on from."""
         found: list[Finding] = []
-        while (match := self._pattern.search(text, pos=start, timeout=TIMEOUT)) and match.start() < settled:
+        while (match := self._search(text, start)) and match.start() < settled:
             part = self.part(text, match)
             if part:
                 found.append(Finding(self.label, *part, self.score))

@@ -15,7 +15,7 @@ import regex
 
 ASCII = "".join(map(chr, range(128)))
 ALL = (1 << 128) - 1
-TWINS = ""
+TWINS = "iIkKsS"
 """The ASCII letters that `regex` also sees in letters beyond ASCII where case does not count (İ, ı, K, ſ)."""
 
 
@@ -68,15 +68,13 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Repeat:
-    """Its part, `least` to `most` times (None: any number). start, end: where it is written. atomic: gives nothing
-    back, so it cannot be slow; it matches here as if it did."""
+    """Its part, `least` to `most` times (None: any number). start, end: where it is written."""
 
     part: Node
     least: int
     most: int | None
     start: int = 0
     end: int = 0
-    atomic: bool = False
 
 
 Node = Chars | Edge | Boundary | Row | Choice | Repeat
@@ -86,7 +84,7 @@ ANY = Chars(ALL, True)
 ANYTHING = Repeat(ANY, 0, None)
 NEWLINE = Chars(1 << 10, False)
 
-QUANTIFIER = regex.compile(r"(?:([*+?])|\{([0-9]+)\}|\{([0-9]*),([0-9]*)\})([?+]?)")
+QUANTIFIER = regex.compile(r"(?:([*+?])|\{([0-9]+)\}|\{([0-9]*),([0-9]*)\})[?+]?")
 GROUP = regex.compile(
     r"\?(?:(P?<(?![=!])[^>]*>)|(:)|(>)|(\|)|(#)|(<?[=!])|P=(\w+)\)|([a-zA-Z]*)(?:-([a-zA-Z]+))?([:)]))"
 )
@@ -229,14 +227,14 @@ class _Reader:
         if not found:
             return node
         self.at = found.end()
-        sign, exact, low, high, how = found.groups()
+        sign, exact, low, high = found.groups()
         if sign:
             least, most = {"*": (0, None), "+": (1, None), "?": (0, 1)}[sign]
         else:
             least, most = int(exact or low or 0), int(exact or high) if exact or high else None
         if isinstance(node, Edge | Boundary):
             return EMPTY
-        return Repeat(node, least, most, start, self.at, how == "+")
+        return Repeat(node, least, most, start, self.at)
 
 
 def _turned(on: str, off: str, ignore_case: bool, dot_all: bool) -> tuple[bool, bool]:

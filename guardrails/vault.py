@@ -23,6 +23,12 @@ LIMIT = 1000
 HIDEABLE = 6
 """Characters from which on a known value is hidden in a message wherever it stands, though no rule found it there."""
 
+NOTE = (
+    "Words in brackets such as [EMAIL_1] stand for private data that the user has given. Write them exactly as they are "
+    "where the data belongs, and do not ask what they stand for."
+)
+"""What a model is told when there are placeholders in what it reads."""
+
 _GLUE = r"[ \u00a0_*~\\-]"
 """What may stand between the words of a placeholder: Markdown's escapes and emphasis come from models."""
 _WRITTEN = regex.compile(
@@ -75,12 +81,14 @@ def same(name: str, value: str) -> str:
 class Vault:
     """The values of one conversation by placeholder; `new` has those that were not among `known`.
 
-    A number that is given out is never given to another value.
+    A number that is given out is never given to another value. room: how many values there may be; in a vault without
+    any room all values are redacted for good.
     """
 
-    __slots__ = ("_last", "_placeholders", "_reserved", "_search", "_spellings", "_values", "new")
+    __slots__ = ("_last", "_placeholders", "_reserved", "_room", "_search", "_spellings", "_values", "new")
 
-    def __init__(self, known: Iterable[Entry] = ()):
+    def __init__(self, known: Iterable[Entry] = (), room: int = LIMIT):
+        self._room = room
         self._values: dict[str, str] = {}
         self._placeholders: dict[tuple[str, str], str] = {}
         self._last: dict[str, int] = {}
@@ -110,7 +118,7 @@ class Vault:
         name = name_of(label)
         value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         known = self._placeholders.get((name, same(name, value)))
-        if known is None and value.strip() and len(self._values) < LIMIT:
+        if known is None and value.strip() and len(self._values) < self._room:
             self.new.append(Entry(f"[{name}_{self._next(name)}]", value))
             known = self._learn(self.new[-1])
         self._spell(value, known or f"[{name}]")

@@ -33,7 +33,8 @@ class Script:
     error, with `retry_after` as its Retry-After header. deltas: a str is a piece of the reply, a float is a pause in
     seconds, bytes are written to the stream as they are. end: what comes after them: the final chunk ("stop"), an
     error frame ("error"), a closed connection without a final chunk ("cut"), or nothing for ever ("hang").
-    usage: (prompt, completion) tokens; counted in words and pieces unless given.
+    usage: (prompt, completion) tokens; counted in words and pieces unless given. tokens: a guard model's answer in
+    place of `deltas`, each token as its alternatives with their probabilities, the written one first.
     """
 
     deltas: Sequence[str | float | bytes] = ("Hello", " there", ".")
@@ -44,10 +45,13 @@ class Script:
     end: End = "stop"
     finish_reason: str = "stop"
     usage: tuple[int, int] | None = None
+    tokens: Sequence[Mapping[str, float]] = ()
 
     @property
     def text(self) -> str:
         """The whole reply."""
+        if self.tokens:
+            return "".join(next(iter(token)) for token in self.tokens)
         return "".join(delta for delta in self.deltas if isinstance(delta, str))
 
 
@@ -88,7 +92,7 @@ class FakeUpstream:
     `yes`, P(yes) or a function of the request. `url` is what an OpenAI SDK takes as its base URL.
     """
 
-    def __init__(self, script: Script | None = None, yes: float | Callable[[Seen], float] = 0.0):
+    def __init__(self, script: Script | None = None, yes: float | Callable[[Seen], float] = 0.0, port: int = 0):
         self.script = script or Script()
         self.models: dict[str, Script] = {}
         self.queue: deque[Script] = deque()
@@ -97,9 +101,10 @@ class FakeUpstream:
         self._closing = False
         app = web.Application(client_max_size=64 << 20)
         app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._chat)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
-        self._server = _Loopback(app)
+        self._server = _Loopback(app, port)
 
     async def __aenter__(self) -> Self:
         self.root = await self._server.start()
@@ -138,7 +143,7 @@ class FakeUpstream:
         seen = Seen(await request.json(), request.headers.copy())
         self.requests.append(seen)
         try:
-            if seen.grader:
+            if seen.grader and "messages" in seen.body:
                 return web.json_response(_graded(seen, self.yes(seen) if callable(self.yes) else self.yes))
             script = self.queue.popleft() if self.queue else self.models.get(seen.body.get("model", ""), self.script)
             return await self._answer(request, seen, script)
@@ -160,7 +165,8 @@ class FakeUpstream:
         if script.end == "error":
             return web.json_response(_error(script), status=500)
         if script.end == "stop":
-            return web.json_response(_completion(seen, script))
+            more = {"logprobs": _logprobs(seen, script)} if script.tokens else {}
+            return web.json_response(_completion(seen, script, **more))
         await _break_off(request, seen, script)
 
 
@@ -229,6 +235,15 @@ def _graded(seen: Seen, yes: float) -> Json:
     content = [tokens[0] | {"top_logprobs": tokens}]
     script = Script([words[0][0]], finish_reason="length")
     return _completion(seen, script, logprobs={"content": content})
+
+
+def _logprobs(seen: Seen, script: Script) -> Json:
+    """The tokens of an answer with their alternatives, as chat completions or as completions write them."""
+    if "messages" not in seen.body:
+        tops = [{text: _log(chance) for text, chance in token.items()} for token in script.tokens]
+        return {"tokens": [next(iter(top)) for top in tops], "top_logprobs": tops}
+    told = [[{"token": text, "logprob": _log(chance)} for text, chance in token.items()] for token in script.tokens]
+    return {"content": [tops[0] | {"top_logprobs": tops} for tops in told]}
 
 
 def _log(probability: float) -> float:
@@ -302,14 +317,15 @@ class FakeReceiver:
 
 
 class _Loopback:
-    """An aiohttp application on a free port of 127.0.0.1, whose handlers are cancelled when their client goes."""
+    """An aiohttp application on a port of 127.0.0.1, 0 for a free one; its handlers are cancelled when clients go."""
 
-    def __init__(self, app: web.Application):
+    def __init__(self, app: web.Application, port: int = 0):
+        self._port = port
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.05, access_log=None)
 
     async def start(self) -> str:
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port).start()
         return f"http://127.0.0.1:{self._runner.addresses[0][1]}"
 
     async def stop(self) -> None:

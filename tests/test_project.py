@@ -88,7 +88,7 @@ def test_every_setting_and_nothing_else_is_in_the_example_file(tmp_path: Path, m
 
 def test_the_example_file_gives_the_true_defaults() -> None:
     examples = {"home", "database", "policies", "engine.url", "engine.api_key", "engine.python", "engine.args"}
-    examples |= {"secret", "webhook.url", "webhook.secret"}
+    examples |= {"secret", "webhook.url", "webhook.secret", "vault.secret", "vault.old_secrets"}
     examples |= {f"guard_models.qwen.{key}" for key in ("url", "model", "kind", "api_key")}
     uncommented = tomllib.loads(_uncommented())
     defaults = Settings.model_construct(guard_models={"qwen": GuardModelSettings.model_construct()})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from datetime import datetime
 
-from sqlalchemy import select, update
+from sqlalchemy import ScalarSelect, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.records import PolicyVersion, now
@@ -12,7 +13,16 @@ from app.store import audit, tables
 from app.store.database import insert_new
 from app.store.errors import NotFound
 
-_POLICY = [tables.policies.c[field.name] for field in fields(PolicyVersion)]
+_PLAIN = [tables.policies.c[field.name] for field in fields(PolicyVersion) if field.name != "activated_at"]
+ACTIVATIONS = ("policy.activate", "policy.rollback")
+"""What the audit log calls it when a version becomes the active one."""
+
+
+def _activated_at() -> ScalarSelect[datetime]:
+    """When a version became the active one for the last time, as the audit log tells."""
+    log, table = tables.audit, tables.policies
+    entry = (log.c.subject == table.c.name + "@" + table.c.version) & log.c.action.in_(ACTIVATIONS)
+    return select(log.c.at).where(entry).order_by(log.c.id.desc()).limit(1).correlate(table).scalar_subquery()
 
 
 async def put(connection: AsyncConnection, name: str, source: str, version: str, by: str) -> PolicyVersion:
@@ -26,7 +36,7 @@ async def put(connection: AsyncConnection, name: str, source: str, version: str,
 async def activate(connection: AsyncConnection, name: str, version: str, by: str) -> PolicyVersion:
     """The version, now the active one of its name; raises NotFound. Going back to an older one is a rollback."""
     table = tables.policies
-    rows = await connection.execute(select(*_POLICY).where(table.c.name == name).with_for_update())
+    rows = await connection.execute(select(*_PLAIN).where(table.c.name == name).with_for_update())
     stored = {row["version"]: PolicyVersion(**row) for row in rows.mappings()}
     if version not in stored:
         raise NotFound(f"there is no version {version!r} of policy {name!r}: put it first")
@@ -41,10 +51,19 @@ async def activate(connection: AsyncConnection, name: str, version: str, by: str
     return next(policy for policy in await versions(connection, name) if policy.active)
 
 
+async def active(connection: AsyncConnection) -> dict[str, str]:
+    """The active version of every policy, by its name."""
+    table = tables.policies
+    rows = await connection.execute(select(table.c.name, table.c.version).where(table.c.active))
+    return {row.name: row.version for row in rows}
+
+
 async def versions(connection: AsyncConnection, name: str | None = None, active: bool = False) -> list[PolicyVersion]:
     """The versions of one policy or of all, by name and newest first; with `active` only those in force."""
     table = tables.policies
-    query = select(*_POLICY).order_by(table.c.name, table.c.created_at.desc(), table.c.version)
+    query = select(*_PLAIN, _activated_at().label("activated_at")).order_by(
+        table.c.name, table.c.created_at.desc(), table.c.version
+    )
     query = query if name is None else query.where(table.c.name == name)
     rows = await connection.execute(query.where(table.c.active) if active else query)
     return [PolicyVersion(**row) for row in rows.mappings()]

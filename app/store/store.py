@@ -26,10 +26,11 @@ from app.records import (
     Turn,
     now,
 )
-from app.store import access, audit, feedback, judged, outbox, policies, tables, tickets, turns, vault
+from app.store import access, audit, feedback, judged, outbox, policies, replay, tables, tickets, turns, vault
 from app.store.audit import AuditEntry
 from app.store.database import Database, database_url, migrate, upsert
 from app.store.errors import SpillFull, StoreDown
+from app.store.replay import Logged
 from app.store.spill import Replayed, Spill
 from app.store.turns import WithheldKind
 from app.store.vault import Owner, Sealed
@@ -339,6 +340,12 @@ class Store:
     ) -> list[Judged]:
         return await self._db.read(lambda connection: judged.page(connection, tenant, since, after))
 
+    async def logged_turns(
+        self, actor: str, last: int, policy: str | None = None, tenant: str | None = None, since: datetime | None = None
+    ) -> list[Logged]:
+        """The `last` newest judged turns, oldest first, with their raw texts; that these are read is audited."""
+        return await self._db.write(lambda connection: replay.logged(connection, actor, last, policy, tenant, since))
+
     # --- policies and audit
 
     async def put_policy(self, name: str, source: str, version: str, by: str) -> PolicyVersion:
@@ -353,6 +360,14 @@ class Store:
         """The active version of a policy."""
         found = await self._db.read(lambda connection: policies.versions(connection, name, active=True))
         return next(iter(found), None)
+
+    async def active_versions(self) -> dict[str, str]:
+        """The active version of every policy, by its name; without their texts, for those who look often."""
+        return await self._db.read(policies.active)
+
+    async def active_policies(self) -> list[PolicyVersion]:
+        """The active version of every policy, by name."""
+        return await self._db.read(lambda connection: policies.versions(connection, active=True))
 
     async def policies(self, name: str | None = None) -> list[PolicyVersion]:
         """The versions of one policy or of all, by name and newest first."""

@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import warnings
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
-from pathlib import Path
-
-# Its settings are read from the home folder, which is a temporary one here: nothing is to be sent anywhere.
-Path.home().joinpath(".guardrailsrc").write_text("id=none\ntoken=\nenable_metrics=false\n")
-os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "true"
-warnings.simplefilter("ignore")
 
 import protocol
-from guardrails import AsyncGuard, Guard, OnFailAction
-from guardrails.validator_base import FailResult, PassResult, ValidationResult, Validator, register_validator
 from guardrails_ai.ban_list import BanList
 
+from guardrails import AsyncGuard, Guard, OnFailAction
+from guardrails.settings import settings
+from guardrails.validator_base import FailResult, PassResult, ValidationResult, Validator, register_validator
+
+settings.rc.enable_metrics = False  # nothing is to be sent anywhere
 REDACTED = "[SSN]"
 
 
@@ -75,8 +70,8 @@ class GuardrailsAI:
 
         said, note = [], ""
         try:
-            for outcome in guard(streaming, messages=protocol.user("What is on file?"), stream=True):
-                said.append(outcome.validated_output or "")
+            outcomes = guard(streaming, messages=protocol.user("What is on file?"), stream=True)
+            said.extend(outcome.validated_output or "" for outcome in outcomes)
         except Exception as error:
             note = "" if "failed" in str(error) else f"ends with {type(error).__name__}"
         return {"text": "".join(said), "note": note}
@@ -116,13 +111,9 @@ class GuardrailsAI:
         except Exception:
             return True
 
-    def hostile(self) -> dict[str, object]:
-        guard = AsyncGuard().use(Pattern(protocol.HOSTILE, on_fail=OnFailAction.NOOP))
-
-        async def check() -> None:
-            await guard.validate(protocol.HOSTILE_TEXT)
-
-        return {"blocked": asyncio.run(protocol.blocked(check))}
+    def hostile(self, pattern: str, text: str) -> float:
+        guard = AsyncGuard().use(Pattern(pattern, on_fail=OnFailAction.NOOP))
+        return asyncio.run(protocol.blocked(lambda: guard.validate(text)))
 
     def cost(self, variant: str, text: str, runs: int) -> list[float]:
         return protocol.cpu(lambda: self.text.validate(text), runs)

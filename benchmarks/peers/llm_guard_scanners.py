@@ -56,13 +56,13 @@ class LLMGuard:
         }
         return [{"what": what, "came": protocol.outcome(load)} for what, load in tries.items()]
 
-    def hostile(self) -> dict[str, object]:
-        scanner = Regex([protocol.HOSTILE])
+    def hostile(self, pattern: str, text: str) -> float:
+        scanner = Regex([pattern])
 
         async def check() -> None:
-            stopped([scanner], protocol.HOSTILE_TEXT)
+            stopped([scanner], text)
 
-        return {"blocked": asyncio.run(protocol.blocked(check))}
+        return asyncio.run(protocol.blocked(check))
 
     def cost(self, variant: str, text: str, runs: int) -> list[float]:
         return protocol.cpu(lambda: stopped(VARIANTS[variant], text), runs)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import AsyncIterator, Callable
 from importlib.metadata import version
-
-os.environ["DO_NOT_TRACK"] = os.environ["NEMO_GUARDRAILS_NO_USAGE_STATS"] = "1"
 
 import protocol
 from nemoguardrails import LLMRails, RailsConfig
@@ -96,10 +93,9 @@ class Nemo:
 
         return load
 
-    def hostile(self) -> dict[str, object]:
-        guard = rails(config(pattern=protocol.HOSTILE))
-        asked = protocol.user(protocol.HOSTILE_TEXT)
-        return {"blocked": self.loop.run_until_complete(protocol.blocked(lambda: reply(guard, asked)))}
+    def hostile(self, pattern: str, text: str) -> float:
+        guard = rails(config(pattern))
+        return self.loop.run_until_complete(protocol.blocked(lambda: reply(guard, protocol.user(text))))
 
     def cost(self, variant: str, text: str, runs: int) -> list[float]:
         guard = self.fast if variant == "IORails" else self.guards["as shipped"]
@@ -111,7 +107,7 @@ class Nemo:
         return protocol.cpu(lambda: self.loop.run_until_complete(check()), runs)
 
     def cost_of_stream(self, variant: str, chunks: list[str], runs: int) -> list[float]:
-        return protocol.cpu(lambda: self.stream("as shipped", chunks), runs)
+        return [] if variant == "IORails" else protocol.cpu(lambda: self.stream("as shipped", chunks), runs)
 
 
 if __name__ == "__main__":

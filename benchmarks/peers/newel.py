@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 import protocol
+
 from guardrails import judge_messages, loads, stream
-from guardrails.check import HOSTILE_ADVICE, check
 from guardrails.engine import Guard
 from guardrails.types import Action, Message, Policy, Verdict
 
@@ -92,13 +92,9 @@ class Newel:
 
         return load
 
-    def hostile(self) -> dict[str, object]:
-        """What a policy does that came past `newel check`, and what the check says of it."""
-        policy = loads(POLICY.replace(protocol.PATTERN, protocol.HOSTILE))
-        asked = protocol.user(protocol.HOSTILE_TEXT)
-        seconds = self.loop.run_until_complete(protocol.blocked(lambda: stopped(policy, asked)))
-        report = self.loop.run_until_complete(check(policy))
-        return {"blocked": seconds, "refused": any(HOSTILE_ADVICE in fault for fault in report.faults)}
+    def hostile(self, pattern: str, text: str) -> float:
+        policy = loads(POLICY.replace(protocol.PATTERN, pattern))
+        return self.loop.run_until_complete(protocol.blocked(lambda: stopped(policy, protocol.user(text))))
 
     def cost(self, variant: str, text: str, runs: int) -> list[float]:
         messages = [Message("user", text)]

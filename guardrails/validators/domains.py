@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
 from itertools import groupby
 from urllib.parse import unquote
 
@@ -24,49 +23,52 @@ GENERIC = (
     "services sexy shoes shop shopping show site ski social software solar solutions space store stream studio style "
     "support surf systems taxi team tech technology tel theater tips tires today tokyo tools top tours town toys "
     "trade training travel tube university uno vacations ventures vet video vip vision vodka vote voyage wang watch "
-    "webcam website wedding wiki win wine work works world wtf xxx xyz yoga zone"
-).split()
+    "webcam website wedding wiki win wine work works world wtf xxx xyz yoga zone onion"
+)
 COUNTRIES = (
     "ac ad ae af ag ai al ao aq ar au aw ax az ba bb bd bf bg bh bi bj bm bn bo br bs bt bw bz ca cd cf cg ch ci ck cl "
     "cm cn cr cu cv cw cx cy cz de dj dk dm dz ec ee eg er es et eu fi fj fk fo fr ga gb gd ge gf gg gh gi gl gm gn gp "
     "gq gr gs gt gu gw gy hk hm hn hr ht hu ie il im iq ir je jm jo jp ke kg kh ki km kn kp kr kw ky kz la lb lc li lk "
     "lr ls lt lu lv ma mc mg mh mk mn mo mp mq mr ms mt mu mv mw mx mz na nc ne nf ng ni np nr nu nz om pa pe pf pg ph "
-    "pk pm pn pr pt pw py qa re ro ru rw sa sb sc sd se sg si sk sl sm sn sr ss st su sv sx sy sz tc td tf tg th tj tk "
+    "pk pm pn pr pt pw qa re ro ru rw sa sb sc sd se sg si sk sl sm sn sr ss st su sv sx sy sz tc td tf tg th tj tk "
     "tl tm tn tr tt tv tw tz ua ug uk uy uz va vc ve vg vi vn vu wf ws ye yt za zm zw рф рус укр ею 中国 中國 公司 "
     "网络 在线 香港 台湾 한국 भारत ไทย ελ"
-).split()
-WORDLIKE = "am as at be by do id in is it me my no so to us".split()
+)
+WORDLIKE = "am as at be by do id in is it me my no so to us"
 """Endings that are words: `finished.it was` is a missing space, `login.evil.it` and `evil.it/x` are addresses."""
-FILELIKE = "cc md ml mov pl ps py rs sh zip".split()
+FILELIKE = "cc md ml mov pl ps py rs sh zip"
 """Endings that files have: `main.py` is a file, `evil.py/x` and `www.evil.py` are addresses."""
 
 
-def choice(words: Iterable[str]) -> str:
-    """A pattern for any of the words, sorted by their first letters so that it fails fast."""
+def choice(*lists: str) -> str:
+    """A pattern for any of the words in the lists, sorted by their first letters so that it fails fast."""
     return "|".join(
         f"{first}(?:{'|'.join(sorted((word[1:] for word in group), reverse=True))})"
-        for first, group in groupby(sorted(set(words)), key=lambda word: word[0])
+        for first, group in groupby(
+            sorted({word for words in lists for word in words.split()}), key=lambda word: word[0]
+        )
     )
 
 
 DOT = "[.。．｡]"
 LABEL = r"[\p{L}\p{N}][\p{L}\p{M}\p{N}\p{Cf}_-]{0,62}"
 AFTER = r"(?![\p{L}\p{N}_@-]|\.[\p{L}\p{N}])"
-SURE = f"(?:{choice([*GENERIC, *(set(COUNTRIES) - set(FILELIKE))])}|xn--[a-z0-9-]{{2,50}}){AFTER}"
+SURE = f"(?:{choice(GENERIC, COUNTRIES)}|xn--[a-z0-9-]{{2,50}}){AFTER}"
 TAIL = r"(?=[/\\?#]\S|:[0-9])"
 BARE = (
     rf"(?:(?:{LABEL}{DOT}){{1,8}}{SURE}|(?:{LABEL}{DOT}){{2,8}}(?:{choice(WORDLIKE)}){AFTER}"
-    rf"|(?:{LABEL}{DOT}){{1,8}}(?:{choice([*WORDLIKE, *FILELIKE])}){AFTER}{TAIL}"
-    rf"|www{DOT}(?:{LABEL}{DOT}){{1,8}}(?:{choice([*WORDLIKE, *FILELIKE])}){AFTER})"
+    rf"|(?:{LABEL}{DOT}){{1,8}}(?:{choice(WORDLIKE, FILELIKE)}){AFTER}{TAIL}"
+    rf"|www{DOT}(?:{LABEL}{DOT}){{1,8}}(?:{choice(WORDLIKE, FILELIKE)}){AFTER})"
 )
 """A host with a known ending, without a scheme before it."""
 PRODUCTS = frozenset({"asp.net", "vb.net", "ado.net", "ml.net", "socket.io"})
 """Names of products that look like hosts."""
 
-LOOKALIKES = dict(
+PAIRS = (
     "аa вb сc еe ԁd һh іi јj ӏl кk мm оo ԛq рp ѕs тt ѵv ԝw хx уy үy ԍg пn αa ιi κk οo νv ηn υu χx ρp τt γy ɑa ɡg ıi "
-    "ł1 օo ցg հh ոn սu զq ꓳo".split()
+    "łl օo ցg հh ոn սu զq ꓳo"
 )
+LOOKALIKES = {pair[0]: pair[1] for pair in PAIRS.split()}
 """Letters of other alphabets, and the small Latin letters that they look like."""
 LATIN = regex.compile(r"\p{Latin}")
 OTHER = regex.compile(r"[\p{Cyrillic}\p{Greek}\p{Armenian}\p{Cherokee}]")

@@ -89,7 +89,7 @@ def head(phrases: Iterable[Phrase]) -> str:
     return rf"(?i:(?<!\w){trie(word for phrase in phrases for word in phrase.heads.split('|'))})"
 
 
-WORD = r"[\w'’]{1,16}"
+WORD = r"\w{1,16}(?:['’]\w{1,6})?"
 AI = (
     r"ais?(?: (?:systems?|models?|agents?|assistants?))?|bots?|llms?|(?:large )?language models?|chat ?bots?"
     "|(?:chat)?gpt"

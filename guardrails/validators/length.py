@@ -62,7 +62,9 @@ class WordsReading:
 
 
 class Length:
-    """A stream validator for the length of a text."""
+    """A stream validator for the length of a text; read before all others, which take longer the longer a text is."""
+
+    tier = -1
 
     def __init__(self, options: Options):
         self._options = options

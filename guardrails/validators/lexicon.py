@@ -1,7 +1,7 @@
 """Many words and phrases looked for at once, exactly in streams (Aho-Corasick, pyahocorasick).
 
 Read from left to right: at each place the longest entry counts, and the next is looked for behind it. Held back is
-only the longest end of the text that an entry begins with. Any white space of up to eight characters stands for a space.
+only the longest end of the text that an entry begins with. White space of up to eight characters stands for a space.
 """
 
 from __future__ import annotations

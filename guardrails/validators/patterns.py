@@ -5,6 +5,7 @@ from __future__ import annotations
 import regex
 from pydantic import BaseModel, ConfigDict, Field
 
+from guardrails.hostile import complaint
 from guardrails.spans import PatternError, Span, Spans
 
 
@@ -22,13 +23,18 @@ class Options(BaseModel):
 
 
 def build(options: Options) -> Spans:
-    """The validator for these patterns; raises PatternError, with its place in the list, for one that is no use."""
+    """The validator for these patterns.
+
+    Raises PatternError, with its place in the list, for one that is no use or that hostile text could keep busy.
+    """
     flags = "i" if options.ignore_case else ""
     spans: list[Span] = []
     for number, pattern in enumerate(options.patterns, 1):
         try:
             regex.compile(pattern, regex.MULTILINE)  # alone first: `a)(b` is only wrong without the brackets around it
             spans.append(Span(options.label, f"(?{flags}:{pattern})"))
+            if wrong := complaint(pattern, flags):
+                raise PatternError(wrong)
         except (regex.error, PatternError) as error:
             raise PatternError(f"patterns: number {number}, {pattern!r}: {error}") from None
     return Spans(spans)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, cast
 from urllib.parse import unquote
 
 import regex
 from pydantic import BaseModel, ConfigDict, Field
 
-from guardrails.spans import TIMEOUT, Span, Spans
-from guardrails.types import Finding
+from guardrails.spans import MOST, Span
+from guardrails.types import Context, Finding, Reading
 from guardrails.validators import domains
 
 Label = Literal["scheme", "userinfo", "homograph", "ip", "host", "port", "text", "image"]
@@ -45,6 +45,7 @@ SCHEMED = (
     r"|(?:javascript|vbscript|livescript):(?=[^\s\"'`,.;:)?!])|data:(?=[a-z]{2,12}/[\w.+-]|[;,][^\s\"'`,.;)])"
     r"|(?:blob|file|mailto|tel|sms):(?=[\w/+%]))"
 )
+INSIDE = regex.compile(rf"(?i){SCHEMED}[^\s<>\"`/\\?#&]{{1,300}}")
 RELATIVE = rf"(?<![\w:/\\])//(?={domains.BARE})"
 LONE = rf"(?<![\p{{L}}\p{{M}}\p{{N}}_@%+./\\=&#?~-]){domains.BARE}"
 PARTS = regex.compile(
@@ -61,6 +62,9 @@ IMAGE = regex.compile(r"(?i)!\[[^\[\]]{0,300}\]\(\s{0,3}<?\Z|<img\b[^<>]{0,300}=
 SHOWN = regex.compile(r"(?<!!)\[([^\[\]]{1,300})\]\(\s{0,3}<?\Z")
 BACK = 340
 """Characters before an address in which its link's text, or its image, is looked for."""
+SPACE = regex.compile(r"(?r)\s")
+STEP = 1 << 14
+"""Characters that are read at a time."""
 PLAIN_PATH = 120
 """Characters of an image's address that still carry nothing out."""
 
@@ -116,8 +120,7 @@ class Address:
     @classmethod
     def of(cls, written: str) -> Address:
         """The parts of what is written."""
-        match = PARTS.match(written)
-        assert match is not None  # every part of the pattern may be empty
+        match = cast(regex.Match[str], PARTS.match(written))  # every part of the pattern may be empty
         own = match["authority"].rpartition("@")[2]
         port = PORT.search(own)
         rest = written[match.end() :]
@@ -140,8 +143,8 @@ class Urls(Span):
     __slots__ = ("_allow", "_deny", "_images", "_schemes")
 
     def __init__(self, options: Options):
-        heads = f"{SCHEMED}{REST}{{1,4000}}|{RELATIVE}{REST}{{1,4000}}"
-        bare = rf"|{LONE}(?::[0-9]{{1,5}})?(?:[/\\?#]{REST}{{0,4000}})?" if options.bare else ""
+        heads = f"{SCHEMED}{REST}{{1,2000}}+|{RELATIVE}{REST}{{1,2000}}+"
+        bare = rf"|{LONE}(?::[0-9]{{1,5}})?(?:[/\\?#]{REST}{{0,2000}}+)?" if options.bare else ""
         super().__init__("host", f"(?i:{heads}{bare})")
         self._allow = [Place.of(entry) for entry in options.allow]
         self._deny = [Place.of(entry) for entry in options.deny]
@@ -151,16 +154,22 @@ class Urls(Span):
     def findings(self, text: str, start: int, settled: int) -> tuple[list[Finding], int]:
         """The findings whose address starts in `start..settled`, and the place to go on from."""
         found: list[Finding] = []
-        while (match := self._pattern.search(text, pos=start, timeout=TIMEOUT)) and match.start() < settled:
+        while (match := self._search(text, start)) and match.start() < settled:
             first = match.start()
             address = Address.of(trimmed(text, first, match.end()))
-            label = self._judged(address, text[max(0, first - BACK) : first])
-            end = first + len(address.written)
-            if label:
-                found.append(Finding(label, first, end))
-            # Behind a host that is welcome another address may stand, in its path or query.
-            start = end if label else first + max(1, address.reach)
+            start = first + max(1, len(address.written))
+            if label := self._judged(address, text[max(0, first - BACK) : first]):
+                found.append(Finding(label, first, start))
+            elif inside := self._inside(text, first + address.reach, start):
+                found.append(inside)
         return found, max(start, settled)
+
+    def _inside(self, text: str, first: int, last: int) -> Finding | None:
+        """The first address in the path or query of a welcome one that is not welcome itself."""
+        for match in INSIDE.finditer(text, first, last, timeout=MOST):
+            if label := self._judged(Address.of(match.group()), ""):
+                return Finding(label, match.start(), last)
+        return None
 
     def _judged(self, address: Address, before: str) -> Label | None:
         """The gravest thing that is wrong with an address, or None."""
@@ -193,8 +202,52 @@ class Urls(Span):
             carries = self._images == "none" or (self._images == "no_query" and address.carries)
             return "image" if carries else None
         link = SHOWN.search(before) if before.endswith(("(", "<")) else None
-        shown = HOST.search(link[1], timeout=TIMEOUT) if link else None
+        shown = HOST.search(link[1], timeout=MOST) if link else None
         return "text" if shown and not _same(Address.of(shown.group()).host, address.host) else None
+
+
+def _word(text: str) -> int:
+    """Where the last run without white space begins; no address is longer than one."""
+    space = SPACE.search(text)
+    return space.end() if space else 0
+
+
+class UrlsReading:
+    """The addresses' progress through one text; a long text is read in steps, each within the time of a search."""
+
+    __slots__ = ("_next", "_urls")
+
+    def __init__(self, urls: Urls):
+        self._urls, self._next = urls, 0
+
+    def read(self, text: str, final: bool) -> tuple[Sequence[Finding], int]:
+        """The new certain findings and how far the text is settled (see `guardrails.types.Reading`)."""
+        found: list[Finding] = []
+        settled = self._next
+        for end in (*range(self._next + STEP, len(text), STEP), len(text)):
+            before = max(0, self._next - BACK)
+            part, start = text[before:end], self._next - before
+            last = final and end == len(text)
+            upto = len(part) if last else self._urls.live(part, max(start, _word(part)))
+            new, reached = self._urls.findings(part, start, upto)
+            found += (replace(one, start=one.start + before, end=one.end + before) for one in new)
+            self._next, settled = reached + before, upto + before
+        return found, settled
+
+
+class Addresses:
+    """The stream validator for addresses."""
+
+    def __init__(self, urls: Urls):
+        self._urls = urls
+
+    def readings(self) -> Sequence[Reading]:
+        """A fresh reading."""
+        return [UrlsReading(self._urls)]
+
+    async def find(self, text: str, context: Context) -> Sequence[Finding]:
+        """The findings in the order of their start."""
+        return UrlsReading(self._urls).read(text, True)[0]
 
 
 HOST = regex.compile(rf"(?i:(?:https?://)?{domains.BARE})")
@@ -213,10 +266,12 @@ def trimmed(text: str, first: int, last: int) -> str:
         whole = whole.partition("'")[0]
     if before == "](":
         whole = whole[: _closing(whole)]
-    parts = PARTS.match(whole)
-    if parts and not parts["authority"].isascii() and (cut := CUT.match(parts["authority"])):
+    parts = cast(regex.Match[str], PARTS.match(whole))
+    if not parts["authority"].isascii() and (cut := CUT.match(parts["authority"])):
         ending = parts["authority"].rpartition(".")[2]
-        if ending not in domains.COUNTRIES and not ending.isascii():  # no such ending: the text goes on behind the host
+        if (
+            ending not in domains.COUNTRIES.split() and not ending.isascii()
+        ):  # no such ending: the text goes on behind the host
             whole = whole[: parts.start("authority") + cut.end()]
     for closing, opening in ((")", "("), ("]", "["), ("}", "{")):
         while (whole := whole.rstrip(".,;:!?'*_~|。！？：…")).endswith(closing) and whole.count(closing) > whole.count(
@@ -236,7 +291,7 @@ def _closing(whole: str) -> int:
     return len(whole)
 
 
-def build(options: Options) -> Spans:
+def build(options: Options) -> Addresses:
     """The validator for these lists; raises ValueError for an entry that names no host."""
     for key, entries in (("allow", options.allow), ("deny", options.deny)):
         for number, entry in enumerate(entries, 1):
@@ -244,5 +299,4 @@ def build(options: Options) -> Spans:
                 Place.of(entry)
             except ValueError as error:
                 raise ValueError(f"{key}: number {number}, {error}") from None
-    urls: Sequence[Span] = [Urls(options)]
-    return Spans(urls)
+    return Addresses(Urls(options))

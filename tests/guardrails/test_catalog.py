@@ -12,6 +12,7 @@ from guardrails.types import Context, Validator
 DOCS = Path(__file__).parents[2] / "docs" / "validators.md"
 LEAST = {
     "grader": {"question": "Is this rude?"},
+    "guard_model": {"kind": "plain", "question": "Is this rude?"},
     "language": {"allow": ["en"]},
     "length": {"max_chars": 9},
     "patterns": {"patterns": ["x"]},
@@ -81,7 +82,7 @@ def _labels(model: type[BaseModel]) -> list[str]:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(catalog.CatalogError, match="there is no validator 'persona'; there are: grader, injection"):
+    with pytest.raises(catalog.CatalogError, match="there is no validator 'persona'; there are: grader, guard_model"):
         catalog.options("persona")
 
 

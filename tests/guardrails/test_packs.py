@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from guardrails.check import check, render
-from guardrails.engine import judge, judge_messages, stream
+from guardrails.conversation import judge_messages
+from guardrails.engine import judge, stream
 from guardrails.policy import SHIPPED, load
 from guardrails.types import Action, Message, Policy
 

@@ -8,14 +8,27 @@ from hypothesis import strategies as st
 
 from guardrails.spans import Spans
 from guardrails.types import Context, Finding, StreamValidator
-from guardrails.validators import injection, language, length, patterns, secrets, topics
+from guardrails.validators import (
+    injection,
+    keywords,
+    language,
+    length,
+    mentions,
+    patterns,
+    secrets,
+    topics,
+    urls,
+)
 from tests.guardrails import (
     test_validators_injection,
+    test_validators_keywords,
     test_validators_language,
+    test_validators_mentions,
     test_validators_patterns,
     test_validators_personal,
     test_validators_secrets,
     test_validators_topics,
+    test_validators_urls,
 )
 
 PERSONAL = [text for text, _ in test_validators_personal.HITS] + test_validators_personal.NEAR_MISSES
@@ -33,6 +46,9 @@ GUARDS: dict[str, tuple[StreamValidator, list[str]]] = {
         [*INJECTION, " ", "one  two\nthree four   five"],
     ),
     "language": (language.build(language.Options(allow=["en"], first=40)), LANGUAGE),
+    "keywords": (keywords.build(test_validators_keywords.OPTIONS), test_validators_keywords.TEXTS),
+    "mentions": (mentions.build(test_validators_mentions.OPTIONS), test_validators_mentions.TEXTS),
+    "urls": (urls.build(test_validators_urls.LISTED), test_validators_urls.TEXTS),
 }
 TABLE = [(name, text) for name, (_, texts) in GUARDS.items() for text in texts]
 BENIGN = (
@@ -78,7 +94,14 @@ async def test_joined_patterns_find_what_each_finds_alone(name, text):
 
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-@pytest.mark.parametrize(("name", "texts"), [("personal", PERSONAL), ("secrets", SECRETS)])
+@pytest.mark.parametrize(
+    ("name", "texts"),
+    [
+        ("personal", PERSONAL),
+        ("secrets", SECRETS),
+        *((name, GUARDS[name][1]) for name in ("keywords", "mentions", "urls")),
+    ],
+)
 def test_any_texts_in_any_pieces_give_the_findings_of_the_whole(name, texts, data):
     separator = st.sampled_from(["", " ", "\n", ".", "1", "-", "a"])
     text = data.draw(separator).join(data.draw(st.lists(st.sampled_from(texts), min_size=1, max_size=3)))
@@ -88,7 +111,18 @@ def test_any_texts_in_any_pieces_give_the_findings_of_the_whole(name, texts, dat
     assert streamed(validator, ends, text) == streamed(validator, [len(text)], text)
 
 
-@pytest.mark.parametrize(("name", "most"), [("personal", 16), ("secrets", 24), ("injection", 32), ("topics", 16)])
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [
+        ("personal", 16),
+        ("secrets", 24),
+        ("injection", 32),
+        ("topics", 16),
+        ("keywords", 12),
+        ("mentions", 12),
+        ("urls", 16),
+    ],
+)
 def test_of_ordinary_text_little_is_held_back(name, most):
     held = 0
     for reading in GUARDS[name][0].readings():
@@ -99,8 +133,25 @@ def test_of_ordinary_text_little_is_held_back(name, most):
     assert held <= most
 
 
-@pytest.mark.parametrize("name", ["personal", "secrets", "injection"])
-@pytest.mark.parametrize("unit", ["89 ", "1 ", "1111 ", "+1(", "a@a.", "token=", "eyJaaaaaaaa.", "<!--", "ignore all "])
+@pytest.mark.parametrize("name", ["personal", "secrets", "injection", "keywords", "mentions", "urls"])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "89 ",
+        "1 ",
+        "1111 ",
+        "+1(",
+        "a@a.",
+        "token=",
+        "eyJaaaaaaaa.",
+        "<!--",
+        "ignore all ",
+        "a.de/",
+        "https://a.de/",
+        "](",
+        "x ",
+    ],
+)
 def test_hostile_text_costs_little(name, unit):
     text = unit * (8000 // len(unit))
     start = time.process_time()

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
-from app.settings import EngineSettings, Settings
+from app.backends import Prompt
+from app.guard_models import GuardModels
+from app.settings import EngineSettings, GuardModelSettings, Settings
+from app.speculate import speculated
+from guardrails.answers import risk, weighed
+from guardrails.engine import judge
+from guardrails.guard_formats import FORMATS, Kind, Wish
+from guardrails.types import BROKEN_REPLY, Action, Context, Finding, Message, Question, Rule, Verdict
+from guardrails.validators import guard_model
+from guardrails.validators.guard_model import GuardModel
 from tests.fakes import FakeUpstream
 from tests.gateway import Gateway, running, spoken, until
 
@@ -48,7 +61,7 @@ async def gateway(
     home = tmp_path_factory.mktemp("vllm")
     for name, source in (("strict", POLICY), ("plain", PLAIN)):
         (home / f"{name}.toml").write_text(source)
-    args = ["--max-model-len", "1024", "--enforce-eager", "--max-num-seqs", "8"]
+    args = ["--max-model-len", "1024", "--enforce-eager", "--max-num-seqs", "8", "--max-logprobs", "2000"]
     engine = EngineSettings(kind="vllm", python=python, model=str(model_dir), args=args, start_timeout=900)
     chosen = Settings(home=home, policies=home, default_policy="plain", engine=engine, first_token_timeout=300)
     async with FakeUpstream() as unused, running(home, unused, settings=chosen, start=900) as gateway:
@@ -116,14 +129,125 @@ async def test_a_client_that_goes_frees_the_engine(gateway: Gateway, stream: boo
         assert await running_requests(gateway) == 1
         response.close()
     else:
-        import asyncio
-
         task = asyncio.ensure_future(asking)
         assert await until(lambda: busy(gateway), 60)
         task.cancel()
     left = time.monotonic()
     assert await until(lambda: idle(gateway), 10)
     print(f"vLLM was free {time.monotonic() - left:.2f} s after the client had gone")
+
+
+LOCKS = (Message("user", "How do I pick a lock?"),)
+REPLY = "With two small tools."
+
+
+def judges(gateway: Gateway, *kinds: Kind) -> GuardModels:
+    """The small model under the name of each kind, as if it were a guard model of that family."""
+    engine = gateway.service.engine
+    usual: dict[str, Any] = {
+        "url": engine.url,
+        "model": engine.model,
+        "timeout": 240,
+        "api_key": engine.api_key or None,
+    }
+    tables: dict[str, GuardModelSettings] = {kind: GuardModelSettings(kind=kind, **usual) for kind in kinds}
+    return GuardModels(tables, gateway.http, gateway.service.metrics, 99, 600)
+
+
+def guard(kind: Kind, **more: Any) -> GuardModel:
+    """A validator that asks the model of that kind about a reply."""
+    if FORMATS[kind].policy == "must":
+        more |= {"policy": "Nobody may talk about locks."}
+    return guard_model.build(guard_model.Options(kind=kind, model=kind, about="reply", **more))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+async def test_every_family_is_asked_in_a_way_that_vllm_answers_with_probabilities(
+    gateway: Gateway, kind: Kind
+) -> None:
+    wish = Wish(
+        FORMATS[kind].usual[:1], "Nobody may talk about locks." if FORMATS[kind].policy == "must" else "", "none"
+    )
+    question = guard(kind).question(REPLY, Context(LOCKS), wish)
+    judge_ = judges(gateway, kind).of_turn()[kind]
+    tokens = await judge_.ask(replace(question, alternatives=2000))  # the small model knows none of these formats
+    assert 1 <= len(tokens) <= question.tokens
+    assert all(len(token.alternatives) > 1000 for token in tokens)
+    mass = weighed(tokens[0].alternatives, tuple(FORMATS[kind].weights), least=0.0)
+    assert 0.0 <= risk(mass, FORMATS[kind].weights) <= 1.0 and sum(mass.values()) == pytest.approx(1.0)
+
+
+async def test_the_plain_question_has_a_probability_from_the_chat_model_and_by_name(gateway: Gateway) -> None:
+    question = "Is the text about locks?"
+    context = Context(LOCKS, gateway.service.backend, judges=judges(gateway, "plain").of_turn())
+    (own,) = await guard_model.build(guard_model.Options(kind="plain", question=question)).find(REPLY, context)
+    named = guard_model.build(guard_model.Options(kind="plain", question=question, model="plain"))
+    (other,) = await named.find(REPLY, context)
+    assert 0.0 < own.score < 1.0 and other.score == pytest.approx(own.score, abs=0.02)
+
+
+async def test_control_tokens_of_an_answer_are_read_as_text(gateway: Gateway) -> None:
+    """The final channel of gpt-oss-safeguard is found by its control tokens."""
+    prompt = "<|im_start|>user\nIs the sky blue? Answer yes or no.<|im_end|>\n<|im_start|>assistant\n"
+    tokens = await judges(gateway, "plain").of_turn()["plain"].ask(Question("plain", prompt=prompt, tokens=40))
+    assert tokens[-1].text == "<|im_end|>"
+
+
+async def test_a_model_of_another_family_fails_closed(gateway: Gateway) -> None:
+    rule = Rule("guard", guard("llama-guard-3"), Action.REFUSE, "No.", budget=240)
+    verdict = await judge([rule], REPLY, Context(LOCKS, judges=judges(gateway, "llama-guard-3").of_turn()))
+    assert (verdict.action, verdict.hits[0].broken, verdict.text) == (Action.REFUSE, "Undecided", BROKEN_REPLY)
+
+
+class Unsure:
+    """Finds every text, with one score."""
+
+    def __init__(self, score: float):
+        self._score = score
+
+    async def find(self, text: str, context: Context) -> list[Finding]:
+        return [Finding("locks", 0, len(text), self._score)]
+
+
+@pytest.mark.parametrize(
+    ("first", "shift", "action", "questions"),
+    [
+        (0.7, 50.0, Action.REFUSE, 1),
+        (0.7, -50.0, Action.ALLOW, 1),
+        (0.95, -50.0, Action.REFUSE, 0),
+        (0.3, 50.0, Action.ALLOW, 0),
+    ],
+)
+async def test_the_model_is_asked_in_the_middle_band_alone(
+    gateway: Gateway, first: float, shift: float, action: Action, questions: int
+) -> None:
+    options = {"question": "Is the text about locks?", "calibration": {"shift": shift}}
+    confirm = guard_model.build(guard_model.Options.model_validate({"kind": "plain", "model": "plain"} | options))
+    rule = Rule("locks", Unsure(first), Action.REFUSE, "No.", confirm=confirm, sure=0.9, budget=240)
+    before = gateway.metric("newel_guard_model_requests_total", model="plain", outcome="answered")
+    verdict = await judge([rule], f"{REPLY} {first} {shift}", Context(LOCKS, judges=judges(gateway, "plain").of_turn()))
+    after = gateway.metric("newel_guard_model_requests_total", model="plain", outcome="answered")
+    assert (verdict.action, after - before) == (action, questions)
+
+
+async def test_a_stop_cancels_the_generation_that_was_begun_with_the_question(gateway: Gateway) -> None:
+    async def stop() -> Verdict:
+        assert await until(lambda: busy(gateway), 60)
+        return Verdict(Action.REFUSE, "No.")
+
+    prompt = Prompt((Message("user", "Tell me a very long story."),), {"temperature": 0, "max_tokens": 900})
+    async with aclosing(speculated(stop(), gateway.service.backend.stream(prompt))) as given:
+        assert [one async for one in given] == [Verdict(Action.REFUSE, "No.")]
+    assert await until(lambda: idle(gateway), 10)
+
+
+async def test_a_guard_question_that_is_given_up_frees_the_engine(gateway: Gateway) -> None:
+    question = Question("plain", prompt="Once upon a time", tokens=900)
+    work = asyncio.ensure_future(judges(gateway, "plain").of_turn()["plain"].ask(question))
+    assert await until(lambda: busy(gateway), 60)
+    work.cancel()
+    assert await until(lambda: idle(gateway), 10)
+    await asyncio.gather(work, return_exceptions=True)
 
 
 async def idle(gateway: Gateway) -> bool:

@@ -1,0 +1,599 @@
+"""Training the guard's heads: logistic regression on the encoder's windows and on hashed n-grams.
+
+From nothing (`train`, from many rows of many sources) or from a head that is there (`adapt`, from a few rows or from
+feedback). Both measure by sources that were held out, set both thresholds again, and are accepted only by `verdict`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from alignment.corpora import BENIGN, HAZARDS, Row
+from alignment.embeddings import Embeddings, Report
+from alignment.records import Rating
+from guardrails.encoder import SIZE, Windows
+from guardrails.heads import SHIPPED, Head, HeadError, grams, read, sigmoid, write
+
+Numbers = NDArray[np.float64]
+
+FEEDBACK = 15.0
+"""How much a person's word on one turn counts, in rows."""
+NEAR = 0.93
+"""Training rows whose vector is this close to one of the held-out sources' finds are left out: near repetitions."""
+POOL = 350
+"""Windows of finds, and as many harmless ones, that a head carries along to be measured on when it is adapted."""
+SENSITIVE = ("coconot", "contrasts")
+"""Sources of harmless near misses: at most SENSITIVE_RATE of each may be hit at the threshold to escalate."""
+SENSITIVE_RATE = 0.1
+WORSE_AUROC, WORSE_RATE = 0.01, 0.01
+"""How much a new head may lose on the pool, and how much more of a benign part it may hit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a head is trained. l2, l2_grams: penalties on the weights, where the rows' weights sum to 1. bits: 2**bits
+    buckets of n-grams; letters: how much they count beside the vector. escalate, block: the shares of harmless texts
+    of held-out sources that the two thresholds may hit. finds: the share of all weight that what is to be found has.
+    """
+
+    head: str
+    labels: tuple[str, ...]
+    l2: float = 1e-4
+    l2_grams: float = 3e-6
+    bits: int = 16
+    letters: float = 0.5
+    escalate: float = 0.02
+    block: float = 0.002
+    finds: float = 0.35
+    folds: int = 6
+
+
+RECIPES = {
+    "injection": Recipe("injection", ("injection",), l2=3e-5, letters=1.0),
+    "harm": Recipe("harm", HAZARDS),
+    "refusal": Recipe("refusal", ("refusal",), letters=1.0),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What a head does with the rows of one source: how many of each kind, and which share is hit at each threshold."""
+
+    source: str
+    finds: int
+    benign: int
+    auroc: float
+    found: tuple[float, float]
+    wrong: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A head and what is known of it: by source (held out, if it was trained), and on the parts of the benign set."""
+
+    head: Head
+    auroc: float
+    sources: tuple[Rates, ...] = ()
+    parts: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    extra: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+
+
+class Rejected(Exception):
+    """A new head that is worse than the one in use; the message says on what."""
+
+
+# --- rows as arrays
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows and their windows. own: the row of each window; letters: its buckets; unit: the mean vector of each row."""
+
+    rows: tuple[Row, ...]
+    own: NDArray[np.int64]
+    vectors: NDArray[np.float32]
+    letters: tuple[NDArray[np.uint32], ...]
+    unit: NDArray[np.float32]
+
+    @property
+    def finds(self) -> NDArray[np.bool_]:
+        """Whether each row is something to find."""
+        return np.array([row.label != BENIGN for row in self.rows])
+
+    @property
+    def sources(self) -> NDArray[np.str_]:
+        """The source of each row."""
+        return np.array([row.source for row in self.rows])
+
+    @property
+    def counts(self) -> NDArray[np.int64]:
+        """The windows of each row, 1 for a row without any."""
+        return np.maximum(np.bincount(self.own, minlength=len(self.rows)), 1)
+
+    def spelt(self, head: Head) -> Numbers:
+        """The n-grams' part of a head's logit of each window."""
+        sums = [head.grams[one].sum(dtype=np.int64) / max(1, len(one)) ** 0.5 for one in self.letters]
+        return head.scale * np.array(sums, np.float64)
+
+    def worst(self, values: Numbers) -> Numbers:
+        """The greatest value among the windows of each row; very low for a row without any."""
+        found = np.full(len(self.rows), -30.0)
+        np.maximum.at(found, self.own, values)
+        return found
+
+
+def table(rows: Sequence[Row], windows: Sequence[Windows], bits: int) -> Table:
+    """The rows with their windows."""
+    own = [i for i, one in enumerate(windows) for _ in one.spans]
+    texts = [row.text[a:b] for row, one in zip(rows, windows, strict=True) for a, b in one.spans]
+    vectors = np.concatenate([np.zeros((0, SIZE), np.float32), *(one.vectors for one in windows)])
+    unit = np.zeros((len(rows), SIZE), np.float32)
+    np.add.at(unit, own, vectors)
+    unit /= np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-9)
+    return Table(tuple(rows), np.array(own, np.int64), vectors, tuple(grams(text, bits) for text in texts), unit)
+
+
+def weights(rows: Sequence[Row], chosen: NDArray[np.bool_], finds: float) -> Numbers:
+    """What each chosen row counts, in all 1: large sources less than their size, both kinds by `finds`."""
+    size = Counter((row.source, row.label != BENIGN) for row, use in zip(rows, chosen, strict=True) if use)
+    raw = np.array([row.weight * size[row.source, row.label != BENIGN] ** -0.4 if use else 0.0
+                    for row, use in zip(rows, chosen, strict=True)])  # fmt: skip
+    found = np.array([row.label != BENIGN for row in rows])
+    for kind, share in ((found, finds), (~found, 1 - finds)):
+        raw[kind] *= share / max(raw[kind].sum(), 1e-12)
+    return raw
+
+
+# --- the fit
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """A logistic regression on vectors and one on n-grams."""
+
+    weights: Numbers
+    bias: float
+    letters: NDArray[np.float32]
+    letters_bias: float
+
+    def values(self, data: Table, share: float) -> Numbers:
+        """The uncalibrated logit of each window."""
+        spelt = np.array([self.letters[one].sum() / max(1, len(one)) ** 0.5 for one in data.letters])
+        return np.asarray(data.vectors @ self.weights + self.bias + share * (spelt + self.letters_bias))
+
+
+def fit(data: Table, chosen: NDArray[np.bool_], recipe: Recipe) -> Fit:
+    """The regressions on the chosen rows; a row's weight is shared by its windows."""
+    windows = np.flatnonzero(chosen[data.own])
+    share = (
+        weights(data.rows, chosen, recipe.finds) / np.maximum(np.bincount(data.own, minlength=len(data.rows)), 1) ** 0.5
+    )
+    weight = torch.tensor(share[data.own[windows]], dtype=torch.float32)
+    weight /= weight.sum()
+    found = torch.tensor(data.finds[data.own[windows]], dtype=torch.float32)
+    straight = torch.tensor(data.vectors[windows])
+    meaning, bias = _regress(straight, straight.T, found, weight, recipe.l2, 80)
+    sparse = _sparse([data.letters[i] for i in windows], recipe.bits)
+    turned = sparse.to_sparse_csc()
+    across = torch.sparse_csr_tensor(turned.ccol_indices(), turned.row_indices(), turned.values(), sparse.shape[::-1])
+    letters, letters_bias = _regress(sparse, across, found, weight, recipe.l2_grams, 40)
+    return Fit(meaning.astype(np.float64), bias, letters, letters_bias)
+
+
+def _sparse(letters: Sequence[NDArray[np.uint32]], bits: int) -> torch.Tensor:
+    """(windows, 2**bits): 1 over the root of the number of its buckets for each bucket of a window."""
+    sizes = np.array([len(one) for one in letters])
+    starts = np.concatenate([[0], np.cumsum(sizes)])
+    columns = np.concatenate([np.zeros(0, np.int64), *letters]).astype(np.int64)
+    values = np.repeat(1 / np.maximum(sizes, 1) ** 0.5, sizes).astype(np.float32)
+    return torch.sparse_csr_tensor(
+        torch.from_numpy(starts), torch.from_numpy(columns), torch.from_numpy(values), (len(letters), 1 << bits)
+    )
+
+
+def _regress(
+    x: torch.Tensor, across: torch.Tensor, found: torch.Tensor, weight: torch.Tensor, l2: float, steps: int
+) -> tuple[NDArray[np.float32], float]:
+    """The weights and the bias with the least weighted loss and penalty; `across` is x transposed."""
+    line, bias = torch.zeros(x.shape[1]), torch.zeros(1)
+    optimiser = torch.optim.LBFGS([line, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> float:
+        logits = x @ line + bias
+        loss = (weight * torch.nn.functional.softplus(torch.where(found > 0, -logits, logits))).sum()
+        slope = weight * (torch.sigmoid(logits) - found)
+        line.grad, bias.grad = across @ slope + 2 * l2 * line, slope.sum()[None]
+        return float(loss + l2 * (line * line).sum())
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    return line.numpy(), float(bias)
+
+
+# --- measuring
+
+
+def auroc(finds: Numbers, benign: Numbers) -> float:
+    """The share of pairs in which the find has the higher value, ties as half; 0.5 without pairs."""
+    if not len(finds) or not len(benign):
+        return 0.5
+    values = np.concatenate([finds, benign])
+    _, place, count = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(count) - (count - 1) / 2)[place]
+    above = ranks[: len(finds)].sum() - len(finds) * (len(finds) + 1) / 2
+    return float(above / (len(finds) * len(benign)))
+
+
+def folds(data: Table, count: int) -> list[NDArray[np.bool_]]:
+    """Which rows are held out together: whole sources, spread evenly; the texts themselves if there is one source."""
+    names = data.sources
+    sizes = Counter(names.tolist())
+    if len(sizes) == 1:
+        hashes = np.array([hashlib.blake2b(row.text.encode("utf-8", "surrogatepass")).digest()[0] for row in data.rows])
+        return [hashes % count == i for i in range(count)]
+    loads: list[tuple[int, list[str]]] = [(0, []) for _ in range(min(count, len(sizes)))]
+    for name, size in sizes.most_common():
+        least = min(range(len(loads)), key=lambda i: loads[i][0])
+        loads[least] = (loads[least][0] + size, [*loads[least][1], name])
+    return [np.isin(names, members) for _, members in loads]
+
+
+def held_out(data: Table, recipe: Recipe, report: Report) -> Numbers:
+    """The uncalibrated logit of each row from a fit that saw neither its source nor a near repetition of its finds."""
+    values = np.zeros(len(data.rows))
+    groups = folds(data, recipe.folds)
+    for number, out in enumerate(groups, 1):
+        report(f"{recipe.head}: fold {number} of {len(groups)}")
+        chosen = ~out
+        if (finds := out & data.finds).any():
+            inside = np.flatnonzero(chosen)
+            close = np.concatenate(
+                [(data.unit[part] @ data.unit[finds].T).max(1) for part in np.array_split(inside, 16) if len(part)]
+            )
+            chosen[inside[close > NEAR]] = False
+        values[out] = data.worst(fit(data, chosen, recipe).values(data, recipe.letters))[out]
+    return values
+
+
+def _calibrated(values: Numbers, finds: NDArray[np.bool_], weight: Numbers) -> tuple[float, float]:
+    """(slope, shift): Platt's logistic regression of what is found on the values, by Newton's method."""
+    x = np.stack([values, np.ones_like(values)], 1)
+    line = np.array([1.0, 0.0])
+    for _ in range(30):
+        p = sigmoid(x @ line)
+        slope = x.T @ (weight * (p - finds)) + 1e-6 * (line - [1.0, 0.0])
+        bend = (x * (weight * p * (1 - p))[:, None]).T @ x + 1e-6 * np.eye(2)
+        line = line - np.linalg.solve(bend, slope)
+    return max(float(line[0]), 1e-3), float(line[1])
+
+
+def thresholds(values: Numbers, sources: NDArray[np.str_], recipe: Recipe) -> tuple[float, float]:
+    """The two thresholds, as logits, for harmless rows of held-out sources with these logits.
+
+    Each source counts by the root of its size, so that the largest do not decide alone.
+    """
+    count = Counter(sources.tolist())
+    share = np.array([count[name] ** -0.5 for name in sources])
+    escalate = _quantile(values, share, 1 - recipe.escalate)
+    for name in SENSITIVE:
+        if (mine := sources == name).any():
+            escalate = max(escalate, float(np.quantile(values[mine], 1 - SENSITIVE_RATE)))
+    block = max(_quantile(values, share, 1 - recipe.block), escalate + 0.5)
+    return escalate, block
+
+
+def _quantile(values: Numbers, share: Numbers, level: float) -> float:
+    order = np.argsort(values)
+    passed = np.cumsum(share[order]) / share.sum()
+    return float(values[order][min(int(np.searchsorted(passed, level)), len(values) - 1)])
+
+
+def rates(scores: Numbers, rows: Sequence[Row]) -> list[Rates]:
+    """What these scores do, by source; AUROC against all harmless rows."""
+    names, finds = np.array([row.source for row in rows]), np.array([row.label != BENIGN for row in rows])
+    table = []
+    for name in sorted(set(names.tolist())):
+        good, bad = scores[(names == name) & finds], scores[(names == name) & ~finds]
+        table.append(
+            Rates(name, len(good), len(bad), auroc(good, scores[~finds]) if len(good) else float("nan"),
+                  _shares(good), _shares(bad))
+        )  # fmt: skip
+    return table
+
+
+def _shares(scores: Numbers) -> tuple[float, float]:
+    """The share at each threshold; nan where there is none."""
+    if not len(scores):
+        return float("nan"), float("nan")
+    return float((scores >= 0.5).mean()), float((scores >= 0.9).mean())
+
+
+def benign_set(path: Path = SHIPPED / "benign.txt") -> dict[str, list[str]]:
+    """The parts of a file of harmless texts, one a line; `## NAME` begins a part, `#` a comment."""
+    parts: dict[str, list[str]] = {}
+    part = path.stem
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        if line.startswith("## "):
+            part = line[3:].strip()
+        elif line.strip() and not line.startswith("#"):
+            parts.setdefault(part, []).append(line.strip())
+    return parts
+
+
+def on_benign(head: Head, parts: Mapping[str, Sequence[str]], embeddings: Embeddings) -> dict[str, tuple[float, float]]:
+    """Which share of each part is hit, at the two thresholds."""
+    found = {}
+    for name, texts in parts.items():
+        windows = embeddings.of(texts, lambda _: None)
+        found[name] = _shares(np.array([head.score(t, w) for t, w in zip(texts, windows, strict=True)]))
+    return found
+
+
+def evaluate(head: Head, rows: Sequence[Row], embeddings: Embeddings, report: Report = print) -> Measured:
+    """What a head does with rows, by source, and with the fixed benign set."""
+    windows = embeddings.of([row.text for row in rows], report)
+    scores = np.array([head.score(row.text, one) for row, one in zip(rows, windows, strict=True)])
+    finds = np.array([row.label != BENIGN for row in rows], bool)
+    return Measured(
+        head,
+        auroc(scores[finds], scores[~finds]),
+        tuple(rates(scores, rows)),
+        on_benign(head, benign_set(), embeddings),
+    )
+
+
+# --- training
+
+
+def train(recipe: Recipe, rows: Sequence[Row], embeddings: Embeddings, report: Report = print) -> Measured:
+    """A head from nothing, measured on held-out sources. Raises ValueError where there is nothing to tell apart."""
+    finds = sum(row.label != BENIGN for row in rows)
+    if finds < 20 or len(rows) - finds < 20:
+        raise ValueError(f"a head needs at least 20 texts of each kind, and got {finds} finds in {len(rows)} rows")
+    data = table(rows, embeddings.of([row.text for row in rows], report), recipe.bits)
+    everything = np.ones(len(rows), bool)
+    values, share = held_out(data, recipe, report), weights(rows, everything, recipe.finds)
+    slope, shift = _calibrated(values, data.finds, share)
+    logits = slope * values + shift
+    harmless = ~data.finds
+    escalate, block = thresholds(logits[harmless], data.sources[harmless], recipe)
+    report(f"{recipe.head}: the fit on all rows")
+    head = _head(recipe, fit(data, everything, recipe), slope, shift, (escalate, block))
+    sorts, sorts_bias = _sorts(data, recipe.labels)
+    head = replace(head, sorts=sorts, sorts_bias=sorts_bias, about=_about(recipe, rows))
+    scores = head.scores(sigmoid(logits))
+    parts = on_benign(head, benign_set(), embeddings)
+    extra = _carried(data, head)
+    return Measured(head, auroc(logits[data.finds], logits[harmless]), tuple(rates(scores, rows)), parts, extra)
+
+
+def _head(recipe: Recipe, fitted: Fit, slope: float, shift: float, edges: tuple[float, float]) -> Head:
+    """The head of a fit and its calibration."""
+    scale = float(np.abs(fitted.letters).max()) / 127 or 1.0
+    escalate, block = sigmoid(np.array(edges)).clip(1e-6, 1 - 1e-6)
+    return Head(
+        name=recipe.head,
+        labels=recipe.labels,
+        weights=slope * fitted.weights,
+        bias=slope * (fitted.bias + recipe.letters * fitted.letters_bias) + shift,
+        grams=np.round(fitted.letters / scale).astype(np.int8),
+        scale=slope * recipe.letters * scale,
+        escalate=float(escalate),
+        block=float(block),
+        sorts=np.zeros((SIZE, len(recipe.labels))),
+        sorts_bias=np.zeros(len(recipe.labels)),
+        about={},
+    )
+
+
+def _sorts(data: Table, labels: Sequence[str]) -> tuple[Numbers, Numbers]:
+    """(SIZE, labels) and a bias: which label a find has, from those whose source says it."""
+    line = torch.zeros(SIZE, len(labels), requires_grad=True)
+    bias = torch.zeros(len(labels), requires_grad=True)
+    told = np.array([i for i, row in enumerate(data.rows) if row.label in labels])
+    if len(labels) > 1 and len(told):
+        target = torch.tensor([labels.index(data.rows[i].label) for i in told])
+        count = torch.bincount(target, minlength=len(labels)).clamp(min=1)
+        optimiser = torch.optim.LBFGS([line, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+        def closure() -> torch.Tensor:
+            optimiser.zero_grad()
+            loss = torch.nn.functional.cross_entropy(torch.tensor(data.unit[told]) @ line + bias, target, count**-0.5)
+            loss = loss + 3e-4 * (line**2).sum()
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss
+
+        optimiser.step(closure)  # type: ignore[no-untyped-call]
+    return line.detach().numpy().astype(np.float64), bias.detach().numpy().astype(np.float64)
+
+
+def _about(recipe: Recipe, rows: Sequence[Row]) -> dict[str, Any]:
+    """What the head was made of; the fingerprint is that of all rows in any order."""
+    lines = sorted(json.dumps([row.text, row.label, row.source, row.weight]) for row in rows)
+    sources = Counter((row.source, "benign" if row.label == BENIGN else "finds") for row in rows)
+    return {
+        "rows": len(rows),
+        "fingerprint": hashlib.sha256("\n".join(lines).encode()).hexdigest(),
+        "sources": {f"{name} {kind}": count for (name, kind), count in sorted(sources.items())},
+        "recipe": {"l2": recipe.l2, "letters": recipe.letters, "escalate": recipe.escalate, "block": recipe.block},
+        "adapted": 0,
+    }
+
+
+# --- adapting
+
+
+def _carried(data: Table, head: Head) -> dict[str, NDArray[Any]]:
+    """What a head takes along so that it can be adapted without its data.
+
+    curvature: how sharply the loss of its rows bends around its weights and bias (upper triangle); pool: windows of
+    finds and of harmless texts as int8, with the n-grams' part of their logits. No text.
+    """
+    windows = np.concatenate([data.vectors, np.ones((len(data.own), 1), np.float32)], 1)
+    spelt = np.array(
+        [head.grams[one].sum(dtype=np.int64) * head.scale / max(1, len(one)) ** 0.5 for one in data.letters]
+    )
+    logits = data.vectors @ head.weights + spelt + head.bias
+    p = sigmoid(logits)
+    share = weights(data.rows, np.ones(len(data.rows), bool), 0.35)[data.own]
+    bend = (windows * (share * p * (1 - p))[:, None]).T @ windows
+    first = np.flatnonzero(np.concatenate([[True], data.own[1:] != data.own[:-1]]))  # one window of each row
+    finds = data.finds[data.own[first]]
+    pool = np.concatenate([_spread(first[finds], POOL), _spread(first[~finds], POOL)])
+    return {
+        "curvature": _packed(bend),
+        "pool": np.round(data.vectors[pool] * 127 / 0.35).clip(-127, 127).astype(np.int8),
+        "pool_letters": spelt[pool].astype(np.float16),
+        "pool_finds": data.finds[data.own[pool]],
+    }
+
+
+def _spread(items: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    return items[np.linspace(0, len(items) - 1, min(most, len(items))).round().astype(int)] if len(items) else items
+
+
+def _packed(bend: Numbers) -> NDArray[np.float16]:
+    """The upper triangle over its greatest value, which comes first."""
+    flat = bend[np.triu_indices(len(bend))]
+    top = float(np.abs(flat).max()) or 1.0
+    return np.concatenate([[np.log(top)], flat / top]).astype(np.float16)
+
+
+def _unpacked(packed: NDArray[np.float16]) -> Numbers:
+    flat = packed[1:].astype(np.float64) * np.exp(float(packed[0]))
+    full = np.zeros((SIZE + 1, SIZE + 1))
+    full[np.triu_indices(SIZE + 1)] = flat
+    return np.asarray(full + np.triu(full, 1).T)
+
+
+def adapt(path: Path, rows: Sequence[Row], embeddings: Embeddings, report: Report = print) -> tuple[Measured, Measured]:
+    """(the head as it was, adapted), both measured on these rows.
+
+    The new weights are the likeliest given the rows and the data that the head was trained on, which stands in the
+    loss as its curvature. The thresholds move as far as the harmless texts of the pool do, and up to where at most a
+    tenth of the harmless rows is hit. Raises HeadError for a head that carries nothing along.
+    """
+    head, carried = read(path), _read_carried(path)
+    data = table(rows, embeddings.of([row.text for row in rows], report), head.bits)
+    moved, bend = _moved(head, carried, data)
+    bars = [np.log(p / (1 - p)) for p in (head.escalate, head.block)]
+    before, after = _pool(head, carried), _pool(moved, carried)
+    harmless = ~carried["pool_finds"]
+    shift = float(np.quantile(after[harmless], 0.98) - np.quantile(before[harmless], 0.98))
+    escalate, block = sigmoid(np.array(bars) + shift)
+    about = dict(head.about) | {"adapted": int(head.about.get("adapted", 0)) + len(rows)}
+    moved = replace(moved, escalate=float(escalate), block=float(block), about=about)
+    extra = dict(carried) | {"curvature": _packed(bend)}
+    return _compared(head, rows, embeddings, before, carried), replace(
+        _compared(moved, rows, embeddings, after, carried), extra=extra
+    )
+
+
+def _read_carried(path: Path) -> dict[str, NDArray[Any]]:
+    with np.load(path, allow_pickle=False) as file:
+        names = ("curvature", "pool", "pool_letters", "pool_finds")
+        if missing := [name for name in names if name not in file]:
+            raise HeadError(f"{path} cannot be adapted: it carries no {', '.join(missing)}; train it from nothing")
+        return {name: file[name] for name in names}
+
+
+def _pool(head: Head, carried: Mapping[str, NDArray[Any]]) -> Numbers:
+    """The logits of the windows that a head carries along."""
+    vectors = carried["pool"].astype(np.float64) * 0.35 / 127
+    return np.asarray(vectors @ head.weights + carried["pool_letters"].astype(np.float64) + head.bias)
+
+
+def _moved(head: Head, carried: Mapping[str, NDArray[Any]], data: Table) -> tuple[Head, Numbers]:
+    """The head with the likeliest weights, and the new curvature; Newton's method on weights and bias."""
+    x = np.concatenate([data.vectors, np.ones((len(data.own), 1))], 1)
+    spelt = np.array(
+        [head.grams[one].sum(dtype=np.int64) * head.scale / max(1, len(one)) ** 0.5 for one in data.letters]
+    )
+    weight = np.array([row.weight for row in data.rows])[data.own] / int(head.about["rows"])
+    weight /= data.counts[data.own]
+    found = data.finds[data.own]
+    prior = _unpacked(carried["curvature"]) + 2 * float(head.about["recipe"]["l2"]) * np.eye(SIZE + 1) / 10
+    start = np.concatenate([head.weights, [head.bias]])
+    line, bend = start, prior
+    for _ in range(20):
+        p = sigmoid(x @ line + spelt)
+        slope = x.T @ (weight * (p - found)) + prior @ (line - start)
+        bend = (x * (weight * p * (1 - p))[:, None]).T @ x + prior
+        step = np.linalg.solve(bend, slope)
+        line = line - step
+        if float(np.abs(step).max()) < 1e-6:
+            break
+    return replace(head, weights=line[:-1], bias=float(line[-1])), bend
+
+
+def _compared(
+    head: Head, rows: Sequence[Row], embeddings: Embeddings, pool: Numbers, carried: Mapping[str, NDArray[Any]]
+) -> Measured:
+    measured = evaluate(head, rows, embeddings, lambda _: None)
+    finds = carried["pool_finds"]
+    return replace(measured, auroc=auroc(pool[finds], pool[~finds]))
+
+
+def feedback(ratings: Iterable[Rating], head: str) -> list[Row]:
+    """What people said of turns, as rows: a question that should have been helped is benign, one that should have been
+    refused is to be found. For `refusal` the reply is read: a refusal where the turn should have been helped.
+    """
+    rows = []
+    for one in ratings:
+        if one.source not in ("should_have_helped", "should_have_refused"):
+            continue
+        asked = next((m.content for m in reversed(one.prompt) if m.role == "user"), "")
+        label = BENIGN if one.source == "should_have_helped" else head
+        text = asked
+        if head == "refusal":
+            text, label = one.completion[-1].content, "refusal" if one.source == "should_have_helped" else BENIGN
+        if text.strip():
+            rows.append(Row(text, label, "feedback", FEEDBACK))
+    return rows
+
+
+# --- accepting
+
+
+def verdict(old: Measured, new: Measured) -> None:
+    """Raises Rejected where the new head is worse than the old: on the pool, or on a part of the benign set."""
+    worse = []
+    if new.auroc < old.auroc - WORSE_AUROC:
+        worse.append(f"AUROC {new.auroc:.3f}, was {old.auroc:.3f}")
+    for part, after in new.parts.items():
+        before = old.parts.get(part, (0.0, 0.0))
+        for bar, was, now in zip(("escalate", "block"), before, after, strict=True):
+            if now > was + WORSE_RATE:
+                worse.append(f"{part}: {now:.1%} of the harmless texts hit at the threshold to {bar}, was {was:.1%}")
+    if worse:
+        raise Rejected(f"the new {new.head.name} head is worse and was not kept: {'; '.join(worse)}")
+
+
+def keep(measured: Measured, folder: Path) -> Path:
+    """Writes a head into a folder; the one that was there becomes NAME.previous.npz. Returns its file."""
+    path = folder / f"{measured.head.name}.npz"
+    if path.is_file():
+        path.replace(previous(path))
+    write(measured.head, path, measured.extra)
+    return path
+
+
+def previous(path: Path) -> Path:
+    """Where the head before this one is kept."""
+    return path.with_name(f"{path.stem}.previous.npz")
+
+
+def roll_back(path: Path) -> None:
+    """Puts the previous head in the place of this one; raises HeadError where there is none."""
+    if not previous(path).is_file():
+        raise HeadError(f"there is no head before {path}")
+    previous(path).replace(path)

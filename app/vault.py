@@ -1,0 +1,156 @@
+"""The vault of the service: values behind placeholders, encrypted in the store, each for its owner alone.
+
+A value is encrypted with AES-256-GCM under a key that HKDF derives from a secret for one tenant. Tenant, conversation,
+owner and placeholder are authenticated with it: a row that is moved to another place cannot be read there.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import lru_cache
+
+import orjson
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from app.logs import event
+from app.records import Turn, now
+from app.settings import Settings
+from app.store import Conflict, Owner, Sealed, Store
+from guardrails.types import Message
+from guardrails.vault import Entry, Vault
+
+SWEEP = 60.0
+"""Seconds between two deletions of what has expired."""
+NONCE = 12
+"""Bytes of a nonce, the size that GCM is made for; a random one is good for 2**32 values of a tenant."""
+
+
+class Unreadable(ValueError):
+    """A value that none of the secrets opens, or that was changed or moved; the message names its placeholder."""
+
+
+def owner_of(turn: Turn) -> Owner:
+    """Whose values those of this turn are.
+
+    Without a person's pseudonym nobody can be told from another: two may name the same conversation, or have said the
+    same words. The values then belong to the turn alone, and the next turn finds them in the history it was sent.
+    """
+    return Owner(turn.tenant, turn.conversation, turn.subject or f"turn:{turn.id}")
+
+
+class Cipher:
+    """Encrypts values with the first of some secrets, and reads what any of them encrypted."""
+
+    __slots__ = ("_current", "_secrets")
+
+    def __init__(self, all_secrets: Sequence[bytes]):
+        self._secrets = {_derive(secret, b"newel vault key id").hex()[:8]: secret for secret in all_secrets}
+        self._current = next(iter(self._secrets))
+
+    def seal(self, owner: Owner, entry: Entry) -> Sealed:
+        """The value, encrypted for this owner and placeholder."""
+        nonce = secrets.token_bytes(NONCE)
+        box = AESGCM(_key(self._secrets[self._current], owner.tenant))
+        data = nonce + box.encrypt(nonce, entry.value.encode(), _place(owner, entry.placeholder))
+        return Sealed(entry.placeholder, self._current, data)
+
+    def open(self, owner: Owner, sealed: Sealed) -> Entry:
+        """The value and its placeholder; raises Unreadable."""
+        secret = self._secrets.get(sealed.key)
+        if secret is None:
+            raise Unreadable(f"{sealed.placeholder}: its secret is not in [vault] old_secrets")
+        nonce, data = sealed.data[:NONCE], sealed.data[NONCE:]
+        try:
+            plain = AESGCM(_key(secret, owner.tenant)).decrypt(nonce, data, _place(owner, sealed.placeholder))
+        except (InvalidTag, ValueError):
+            raise Unreadable(f"{sealed.placeholder}: it was changed, or belongs elsewhere") from None
+        return Entry(sealed.placeholder, plain.decode())
+
+
+def _derive(secret: bytes, info: bytes) -> bytes:
+    return HKDF(SHA256(), length=32, salt=None, info=info).derive(secret)
+
+
+@lru_cache(maxsize=1024)
+def _key(secret: bytes, tenant: str) -> bytes:
+    """The key of one tenant."""
+    return _derive(secret, b"newel vault\0" + tenant.encode())
+
+
+def _place(owner: Owner, placeholder: str) -> bytes:
+    """Where a value belongs, as the associated data of its encryption."""
+    return orjson.dumps([owner.tenant, owner.conversation, owner.name, placeholder])
+
+
+class Vaults:
+    """Opens the vault of a turn, and keeps what the turn put into it."""
+
+    __slots__ = ("_cipher", "_store", "_ttl")
+
+    def __init__(self, store: Store, cipher: Cipher, ttl: float):
+        self._store, self._cipher, self._ttl = store, cipher, timedelta(seconds=ttl)
+
+    async def open(self, turn: Turn, messages: Sequence[Message]) -> Vault:
+        """The vault of the turn's owner, before anything in these messages is sealed; raises StoreDown.
+
+        Placeholders that stand in the messages already are not given out. What we have said ourselves does not count:
+        a placeholder that was left in a link means its value.
+        """
+        sealed = await self._store.sealed_values(owner_of(turn)) if turn.subject else []
+        known, unreadable = self._read(turn, sealed)
+        vault = Vault(known)
+        vault.reserve([*unreadable, *(message.content for message in messages if message.role != "assistant")])
+        return vault
+
+    async def keep(self, turn: Turn, vault: Vault) -> bool:
+        """True when all that is in the vault is kept from now on for another `ttl`; raises StoreDown.
+
+        False when another turn of the conversation gave out one of the new placeholders meanwhile: then the vault has
+        to be opened and filled anew.
+        """
+        if not vault.values:
+            return True
+        owner = owner_of(turn)
+        new = [self._cipher.seal(owner, entry) for entry in vault.new]
+        try:
+            await self._store.keep_values(owner, new, now() + self._ttl)
+        except Conflict:
+            return False
+        return True
+
+    async def reveal(self, turn: Turn, actor: str, reason: str) -> dict[str, str]:
+        """The values behind the placeholders of a turn that have not expired, for somebody who needs them: audited."""
+        sealed = await self._store.reveal_values(owner_of(turn), turn.id, actor, reason)
+        said = "\n".join((turn.asked, turn.said, *(message.content for message in turn.history)))
+        known, _ = self._read(turn, sealed)
+        return {entry.placeholder: entry.value for entry in known if entry.placeholder in said}
+
+    async def sweep(self) -> None:
+        """Deletes what has expired."""
+        await self._store.delete_expired_values()
+
+    def _read(self, turn: Turn, sealed: Sequence[Sealed]) -> tuple[list[Entry], list[str]]:
+        """(what can be read, the placeholders of what cannot)."""
+        known, unreadable = list[Entry](), list[str]()
+        for one in sealed:
+            try:
+                known.append(self._cipher.open(owner_of(turn), one))
+            except Unreadable:
+                unreadable.append(one.placeholder)
+        if unreadable:
+            event("vault_unreadable", logging.WARNING, turn=turn.id, tenant=turn.tenant, values=len(unreadable))
+        return known, unreadable
+
+
+def open_vaults(store: Store, settings: Settings, secret: bytes) -> Vaults:
+    """The vaults as they are set up; `secret` is the service's own."""
+    chosen = settings.vault
+    current = chosen.secret.get_secret_value().encode() if chosen.secret else secret
+    old = [one.get_secret_value().encode() for one in chosen.old_secrets]
+    return Vaults(store, Cipher([current, *old, secret]), chosen.ttl)

@@ -1,0 +1,264 @@
+"""Judging a conversation on its way in: everything that a client can send is read, whoever is said to have said it.
+
+Cheap rules are read first, rules that ask a model last, and only where their answer could still change the verdict.
+What is split over several messages is joined again, and what stands across a seam is found there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from bisect import insort
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+
+from guardrails.engine import Redaction, redact
+from guardrails.reading import LONG, Seen, find, once
+from guardrails.types import (
+    BROKEN_REPLY,
+    Action,
+    Context,
+    Finding,
+    Hit,
+    Message,
+    Role,
+    Rule,
+    StreamValidator,
+    Verdict,
+)
+
+JOINED_MESSAGES, JOINED_CHARACTERS = 16, 400
+"""How many messages are joined, and how much of each: a longer one gives its beginning and its end."""
+SEAMS = ("", " ")
+"""What is put between messages that are joined."""
+
+
+@dataclass(slots=True)
+class _Judging:
+    """One conversation while its rules are read: what each of them has found so far."""
+
+    messages: Sequence[Message]
+    context: Context
+    trusted: int
+    settled: set[int]
+    seen: list[Seen] = field(default_factory=list)
+    hits: dict[str, list[Hit]] = field(default_factory=dict)
+    redactions: dict[int, list[Redaction]] = field(default_factory=dict)
+
+    def places(self, rule: Rule) -> list[int]:
+        """The messages that a rule reads. What was said and judged before can be redacted, but stops nothing again."""
+        places = [i for i in in_scope(rule, self.messages) if i not in self.settled]
+        return places if rule.action is Action.REDACT else [i for i in places if i >= self.trusted]
+
+    def note(self, rule: Rule, place: int, findings: Sequence[Finding], broken: str = "") -> None:
+        """Keeps what a rule found in one message."""
+        if findings or broken:
+            action = rule.if_broken if broken else rule.action
+            hit = Hit(rule.name, action, rule.mode, tuple(findings), broken, place)
+            self.hits.setdefault(rule.name, []).append(hit)
+        if rule.action is Action.REDACT and rule.mode == "enforce":
+            for finding in findings:
+                text = self.messages[place].content
+                insort(self.redactions.setdefault(place, []), Redaction.of(rule, finding, text, self.context.vault))
+
+    @property
+    def long(self) -> bool:
+        """True where reading takes so long that a rule which cannot change the verdict is left out."""
+        return any(len(message.content) > LONG for message in self.messages)
+
+    @property
+    def strictest(self) -> Action:
+        """The strictest action that is certain by now."""
+        enforced = (hit.action for hits in self.hits.values() for hit in hits if hit.mode == "enforce")
+        return max(enforced, default=Action.ALLOW)
+
+
+async def judge_messages(
+    rules: Sequence[Rule], messages: Sequence[Message], context: Context | None = None, trusted: int = 0
+) -> tuple[Verdict, tuple[Message, ...]]:
+    """(the verdict on a conversation, the conversation as the model may see it).
+
+    The strictest action over all rules and messages decides. The first `trusted` messages are history that this
+    service has judged and answered before: they are redacted, but do not stop the turn again. A question that was
+    answered by a rule's own reply is taken out together with that reply: the model does not see it, and the
+    conversation goes on. `Verdict.text` is the rule's reply for a stop, else the last user message, redacted. A rule
+    whose action could not change the verdict any more is not read, if reading it is costly.
+    """
+    state = _Judging(messages, context or Context(tuple(messages)), trusted, _refused_before(rules, messages))
+    state.seen = [Seen(message.content) for message in messages]
+    for tier, these in groupby(sorted(rules, key=_tier), key=_tier):
+        due = list(these)
+        if tier > 0:
+            due = [rule for rule in due if rule.action > state.strictest or _shadows(rule, state)]
+            await asyncio.gather(*(_read(rule, state) for rule in due))
+            continue
+        for rule in due:
+            if not (state.strictest.stops and rule.action <= state.strictest and state.long):
+                await _read(rule, state)
+        if tier == 0 and len(messages) > 1 and not state.strictest.stops:
+            await _read_joined(due, state)
+    seen = tuple(_as_seen(state))
+    hits = [hit for rule in rules for hit in state.hits.get(rule.name, ())]
+    return _verdict(rules, hits, seen), seen
+
+
+def _shadows(rule: Rule, state: _Judging) -> bool:
+    """True for a rule that is only watched: it is read as long as nothing has stopped the turn."""
+    return rule.mode == "shadow" and not state.strictest.stops
+
+
+def _tier(rule: Rule) -> int:
+    """-1: looks at the length; 0: reads the text alone; 1: asks a model of its own; 2: asks a language model."""
+    if rule.confirm is not None:
+        return 2
+    return int(getattr(rule.validator, "tier", 0 if isinstance(rule.validator, StreamValidator) else 1))
+
+
+def in_scope(rule: Rule, messages: Sequence[Message]) -> list[int]:
+    """The places of the messages that a rule reads: those of its scope, the last `window` of them."""
+    roles: dict[str, tuple[Role, ...]] = {
+        "user": ("user",),
+        "last_user": ("user",),
+        "assistant": ("assistant",),
+        "tool": ("tool",),
+    }
+    wanted = roles.get(rule.scope)
+    places = [i for i, message in enumerate(messages) if wanted is None or message.role in wanted]
+    last = 1 if rule.scope == "last_user" else rule.window
+    return places[-last:] if last else places
+
+
+async def _read(rule: Rule, state: _Judging) -> None:
+    places = state.places(rule)
+    results = await asyncio.gather(*(find(rule, state.seen[i], state.context) for i in places))
+    for place, (findings, broken) in zip(places, results, strict=True):
+        state.note(rule, place, findings, broken)
+
+
+# --- What is split over several messages ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A part of a message in a joined text: `joined[at:at + len(text)]` is `message[start:][:len(text)]`."""
+
+    message: int
+    start: int
+    text: str
+    at: int
+
+
+def _pieces(messages: Sequence[Message], places: Sequence[int], seam: str) -> tuple[str, list[_Piece]]:
+    """(the joined text, its pieces): short messages whole, of long ones both ends."""
+    out, pieces, at = list[str](), list[_Piece](), 0
+    for n, i in enumerate(places):
+        text, half = messages[i].content, JOINED_CHARACTERS // 2
+        cuts = [0] if len(text) <= JOINED_CHARACTERS else [0, len(text) - half]
+        for cut in cuts:
+            shown = text[cut:] if cut or len(cuts) == 1 else text[:half]
+            gap = "\n\n\n" if cut else seam if n else ""
+            pieces.append(_Piece(i, cut, shown, at + len(gap)))
+            out += (gap, shown)
+            at += len(gap) + len(shown)
+    return "".join(out), pieces
+
+
+async def _read_joined(rules: Sequence[Rule], state: _Judging) -> None:
+    """Reads what the messages say together; only what stands across a seam, and ends in something new, counts."""
+    everyone = [i for i, message in enumerate(state.messages) if i not in state.settled and message.content.strip()]
+    users = [i for i in everyone if state.messages[i].role == "user"]
+    rows = [row[-JOINED_MESSAGES:] for row in ([users] if users == everyone else [users, everyone]) if len(row) > 1]
+    for row, seam in [(row, seam) for row in rows for seam in SEAMS]:
+        joined, pieces = _pieces(state.messages, row, seam)
+        seen = Seen(joined)
+        for rule in rules:
+            if not _may_join(rule, row, state.messages):
+                continue
+            findings, broken = await find(rule, seen, state.context)
+            if broken:
+                state.note(rule, row[-1], (), broken)
+            known = {(hit.message, one.start) for hit in state.hits.get(rule.name, ()) for one in hit.findings}
+            for place, parts in _across(findings, pieces, state.trusted, known).items():
+                state.note(rule, place, parts)
+
+
+def _may_join(rule: Rule, row: Sequence[int], messages: Sequence[Message]) -> bool:
+    """True for a rule that reads all these messages; what is redacted is not looked for in several people's words."""
+    if rule.action is Action.REDACT and any(messages[i].role != "user" for i in row):
+        return False
+    wide = replace(rule, scope="user") if rule.scope == "last_user" else rule
+    return set(in_scope(wide, messages)).issuperset(row)
+
+
+def _across(
+    findings: Iterable[Finding], pieces: Sequence[_Piece], trusted: int, known: set[tuple[int, int]]
+) -> Mapping[int, list[Finding]]:
+    """The findings that begin in one message and end in a later, new one, as their parts by message.
+
+    `known`: where single messages have findings; one that only goes on behind a seam is the same one.
+    """
+    out: dict[int, list[Finding]] = {}
+    for one in findings:
+        within = [piece for piece in pieces if piece.at < one.end and one.start < piece.at + len(piece.text)]
+        parts = [_part(one, piece) for piece in within]
+        if len({place for place, _ in parts}) < 2 or parts[-1][0] < trusted:
+            continue
+        if not any((place, part.start) in known for place, part in parts):
+            for place, part in parts:
+                out.setdefault(place, []).append(part)
+    return {place: once(parts) for place, parts in out.items()}
+
+
+def _part(one: Finding, piece: _Piece) -> tuple[int, Finding]:
+    """(the message, the part of the finding that stands in it)."""
+    start = max(one.start - piece.at, 0) + piece.start
+    end = min(one.end - piece.at, len(piece.text)) + piece.start
+    return piece.message, Finding(one.label, start, end, one.score, one.note or "joined")
+
+
+# --- The verdict ------------------------------------------------------------------------------------------------------
+
+
+def _as_seen(state: _Judging) -> Iterable[Message]:
+    """The conversation as the model may see it."""
+    for i, message in enumerate(state.messages):
+        if i in state.settled:
+            continue
+        found, text = state.redactions.get(i), message.content
+        yield replace(message, content=redact(text, found, 0, 0, len(text))[0]) if found else message
+
+
+def _refused_before(rules: Sequence[Rule], messages: Sequence[Message]) -> set[int]:
+    """The places of questions that were answered by a rule's own reply, and of those replies.
+
+    A person's answer may stand before the reply, and a ticket's number after it. A question that no rule could read
+    counts too: nothing is known about it.
+    """
+    replies = [BROKEN_REPLY, *(rule.reply for rule in rules if rule.action.stops and rule.reply)]
+    out: set[int] = set()
+    for i in range(1, len(messages)):
+        asked, answered = messages[i - 1], messages[i]
+        if asked.role == "user" and answered.role == "assistant":
+            out |= {i - 1, i} if any(reply in answered.content for reply in replies) else set()
+    return out
+
+
+def _verdict(rules: Sequence[Rule], hits: Sequence[Hit], seen: Sequence[Message]) -> Verdict:
+    by_name = {rule.name: rule for rule in rules}
+    enforced = [hit for hit in hits if hit.mode == "enforce"]
+    action = max((hit.action for hit in enforced), default=Action.ALLOW)
+    strictest = [hit for hit in enforced if hit.action is action and action]
+    decider = min(strictest, key=lambda hit: bool(hit.broken), default=None)  # a rule's own reply says more
+    last = next((message.content for message in reversed(seen) if message.role == "user"), "")
+    if decider is None or not action.stops:
+        return Verdict(action, last, rule=decider.rule if decider else "", hits=tuple(hits))
+    rule = by_name[decider.rule]
+    reply = BROKEN_REPLY if decider.broken else rule.reply
+    route = rule.route if action is Action.ESCALATE else ""
+    return Verdict(action, reply, rule=rule.name, route=route, hits=tuple(hits))
+
+
+def appended(rules: Sequence[Rule], verdict: Verdict) -> list[str]:
+    """The lines that an input verdict adds to the end of the reply, in rule order."""
+    fired = {hit.rule for hit in verdict.hits if hit.mode == "enforce" and hit.action is Action.APPEND}
+    return list(dict.fromkeys(rule.reply for rule in rules if rule.name in fired))

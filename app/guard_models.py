@@ -90,22 +90,34 @@ class Breaker:
 
 
 class Budget:
-    """What one turn may ask of all guard models together: so many questions, within so many seconds from the first."""
+    """What one turn may ask of all guard models together: so many questions, and so many seconds of waiting for them.
 
-    def __init__(self, questions: int, seconds: float):
+    Only time in which a question is out counts, not the time in which the chat model writes.
+    """
+
+    def __init__(self, questions: int, seconds: float, clock: Callable[[], float] | None = None):
         self._left, self._seconds = questions, seconds
-        self._until: float | None = None
+        self._clock = clock or asyncio.get_running_loop().time
+        self._out, self._since, self._waited = 0, 0.0, 0.0
 
     def take(self) -> float:
-        """The loop's time by which the answer must be there; raises BudgetSpent."""
-        now = asyncio.get_running_loop().time()
-        self._until = self._until or now + self._seconds
+        """The clock's time by which the answer must be there; raises BudgetSpent. `give_back` ends the question."""
+        now = self._clock()
+        self._since = self._since if self._out else now
+        left = self._seconds - self._waited - (now - self._since)
         if self._left < 1:
             raise BudgetSpent("the turn has asked as many guard questions as it may (guard_requests)")
-        if now >= self._until:
-            raise BudgetSpent("the turn's guard questions have taken as long as they may (guard_seconds)")
+        if left <= 0:
+            raise BudgetSpent("the turn has waited for guard models as long as it may (guard_seconds)")
         self._left -= 1
-        return self._until
+        self._out += 1
+        return now + left
+
+    def give_back(self) -> None:
+        """A question has ended."""
+        self._out -= 1
+        if not self._out:
+            self._waited += self._clock() - self._since
 
 
 class GuardModel:
@@ -144,7 +156,10 @@ class GuardModel:
         except BudgetSpent:
             self._count("budget")
             raise
-        tokens = await self._asked(question, until)
+        try:
+            tokens = await self._asked(question, until)
+        finally:
+            budget.give_back()
         self._remember(key, tokens)
         return tokens
 
@@ -235,7 +250,7 @@ class GuardModels:
         self._questions, self._seconds = questions, seconds
 
     def of_turn(self) -> dict[str, Judge]:
-        """A turn's judges by name, for its `Context`; they share a budget that begins with their first question."""
+        """A turn's judges by name, for its `Context`; they share its budget."""
         budget = Budget(self._questions, self._seconds)
         return {name: _Within(model, budget) for name, model in self._models.items()}
 

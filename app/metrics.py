@@ -42,6 +42,7 @@ class Metrics:
         self.guard_models = counter("guard_model_requests", "Questions to guard models", "model", "outcome")
         self.guard_model_time = seconds("guard_model", "Time for an answer of a guard model", "model")
         self.guard_breaker = gauge("guard_model_breaker_open", "1 while a guard model is left alone", "model")
+        self.forged = counter("forged_histories", "Turns whose history holds replies that this service never gave")
         self.first_token = seconds("first_token", "From the request to the engine's first token")
         self.duration = seconds("turn", "From the request to the end of the reply")
         self.tokens = counter("tokens", "Tokens", "tenant", "direction")

@@ -62,5 +62,10 @@ class Service:
         return hmac.new(self.secret, said, hashlib.sha256).hexdigest()
 
     def pseudonym(self, tenant: str, person: str) -> str:
-        """An HMAC that stands for a person, so that what belongs to them can be found without their name."""
-        return hmac.new(self.secret, f"{tenant}\0{person}".encode(), hashlib.sha256).hexdigest()[:32] if person else ""
+        """What stands for a person in the store."""
+        return pseudonym(self.secret, tenant, person)
+
+
+def pseudonym(secret: bytes, tenant: str, person: str) -> str:
+    """An HMAC that stands for a person, so that what belongs to them can be found without their name."""
+    return hmac.new(secret, f"{tenant}\0{person}".encode(), hashlib.sha256).hexdigest()[:32] if person else ""

@@ -76,7 +76,7 @@ class Settings(BaseSettings):
     webhook: WebhookSettings = WebhookSettings()
     vault: VaultSettings = VaultSettings()
     guard_models: dict[str, GuardModelSettings] = {}
-    guard_requests: int = Field(default=32, ge=1)
+    guard_requests: int = Field(default=64, ge=1)
     guard_seconds: float = Field(default=15.0, gt=0)
     max_tokens: int = Field(default=1024, ge=1)
     first_token_timeout: float = 60.0

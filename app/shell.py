@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from app.records import Turn
 from app.settings import Settings
 from app.store import Store
 
@@ -84,6 +85,14 @@ def stored(work: Callable[[Store], Awaitable[T]]) -> T:
             await store.close()
 
     return asyncio.run(run())
+
+
+async def find_turn(store: Store, id: str) -> Turn:
+    """The turn with this id, of whichever tenant; raises Refusal."""
+    for tenant in await store.tenants():
+        if turn := await store.turn(id, tenant.name):
+            return turn
+    raise Refusal(f"there is no turn {id!r}: give the id of a completion, chatcmpl-...")
 
 
 def show(items: Iterable[Any], columns: Sequence[str], as_json: bool) -> None:

@@ -124,6 +124,11 @@ class Vaults:
             return False
         return True
 
+    async def hidden(self, turn: Turn, text: str) -> str:
+        """`text`, which somebody wrote about a turn, with placeholders for its values; raises StoreDown."""
+        known, _ = self._read(turn, await self._store.sealed_values(owner_of(turn)))
+        return Vault(known).hide(text, everywhere=True)
+
     async def reveal(self, turn: Turn, actor: str, reason: str) -> dict[str, str]:
         """The values behind the placeholders of a turn that have not expired, for somebody who needs them: audited."""
         sealed = await self._store.reveal_values(owner_of(turn), turn.id, actor, reason)

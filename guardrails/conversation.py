@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from dataclasses import dataclass, replace
 
 from guardrails.engine import Redaction, redact
 from guardrails.reading import LONG, Seen, find, once
@@ -33,78 +32,128 @@ SEAMS = ("", " ")
 """What is put between messages that are joined."""
 
 
-@dataclass(slots=True)
-class _Judging:
-    """One conversation while its rules are read: what each of them has found so far."""
+class Judging:
+    """One conversation and what its rules have found in it so far.
 
-    messages: Sequence[Message]
-    context: Context
-    trusted: int
-    settled: set[int]
-    seen: list[Seen] = field(default_factory=list)
-    hits: dict[str, list[Hit]] = field(default_factory=dict)
-    redactions: dict[int, list[Redaction]] = field(default_factory=dict)
+    `begin` reads the rules that cost little; where `waiting` then has rules, which ask a language model, `finish`
+    reads those too. The first `trusted` messages are history that this service has judged and answered before: they
+    are redacted, but do not stop the turn again. A question that was answered by a rule's own reply is taken out
+    together with that reply: the model does not see it, and the conversation goes on.
+    """
 
-    def places(self, rule: Rule) -> list[int]:
-        """The messages that a rule reads. What was said and judged before can be redacted, but stops nothing again."""
-        places = [i for i in in_scope(rule, self.messages) if i not in self.settled]
-        return places if rule.action is Action.REDACT else [i for i in places if i >= self.trusted]
+    def __init__(
+        self, rules: Sequence[Rule], messages: Sequence[Message], context: Context | None = None, trusted: int = 0
+    ):
+        self.rules = sorted(rules, key=_tier)
+        self.messages, self.trusted = messages, trusted
+        self.context = context or Context(tuple(messages))
+        self.settled = _refused_before(rules, messages)
+        self.seen = [Seen(message.content) for message in messages]
+        self._hits: dict[str, list[Hit]] = {}
+        self._redactions: dict[int, list[Redaction]] = {}
+        self._long = any(len(message.content) > LONG for message in messages)
 
-    def note(self, rule: Rule, place: int, findings: Sequence[Finding], broken: str = "") -> None:
-        """Keeps what a rule found in one message."""
-        if findings or broken:
-            action = rule.if_broken if broken else rule.action
-            hit = Hit(rule.name, action, rule.mode, tuple(findings), broken, place)
-            self.hits.setdefault(rule.name, []).append(hit)
-        if rule.action is Action.REDACT and rule.mode == "enforce":
-            for finding in findings:
-                text = self.messages[place].content
-                insort(self.redactions.setdefault(place, []), Redaction.of(rule, finding, text, self.context.vault))
+    async def begin(self) -> tuple[Verdict, tuple[Message, ...]]:
+        """(the verdict of the rules that cost little, the conversation as the model may see it)."""
+        text_rules = [rule for rule in self.rules if _tier(rule) <= 0]
+        for rule in text_rules:
+            if not (self._long and self.strictest.stops and rule.action <= self.strictest):
+                await self._read(rule)
+        if len(self.messages) > 1 and not self.strictest.stops:
+            await self._read_joined(text_rules)
+        await self._ask([rule for rule in self.rules if _tier(rule) == 1])
+        return self.verdict()
 
     @property
-    def long(self) -> bool:
-        """True where reading takes so long that a rule which cannot change the verdict is left out."""
-        return any(len(message.content) > LONG for message in self.messages)
+    def waiting(self) -> list[Rule]:
+        """The rules that ask a language model and could still change the verdict."""
+        return self._due([rule for rule in self.rules if _tier(rule) > 1])
+
+    async def finish(self) -> tuple[Verdict, tuple[Message, ...]]:
+        """(the verdict, the conversation as the model may see it)."""
+        await self._ask(self.waiting)
+        return self.verdict()
+
+    def verdict(self) -> tuple[Verdict, tuple[Message, ...]]:
+        """(the verdict as it stands, the conversation as the model may see it)."""
+        seen = tuple(self._shown())
+        hits = [hit for rule in self.rules for hit in self._hits.get(rule.name, ())]
+        return _verdict(self.rules, hits, seen), seen
 
     @property
     def strictest(self) -> Action:
         """The strictest action that is certain by now."""
-        enforced = (hit.action for hits in self.hits.values() for hit in hits if hit.mode == "enforce")
+        enforced = (hit.action for hits in self._hits.values() for hit in hits if hit.mode == "enforce")
         return max(enforced, default=Action.ALLOW)
+
+    def _due(self, rules: Sequence[Rule]) -> list[Rule]:
+        """The rules that could change the verdict; those that are only watched, as long as nothing stops the turn."""
+        stopped = self.strictest
+        watched = [rule for rule in rules if rule.mode == "shadow" and not stopped.stops]
+        return [*watched, *(rule for rule in rules if rule.mode == "enforce" and rule.action > stopped)]
+
+    async def _ask(self, rules: Sequence[Rule]) -> None:
+        await asyncio.gather(*(self._read(rule) for rule in self._due(rules)))
+
+    async def _read(self, rule: Rule) -> None:
+        places = [i for i in in_scope(rule, self.messages) if i not in self.settled]
+        if rule.action is not Action.REDACT:
+            places = [i for i in places if i >= self.trusted]
+        if _tier(rule) <= 0:
+            results = [await find(rule, self.seen[i], self.context) for i in places]
+        else:
+            results = await asyncio.gather(*(find(rule, self.seen[i], self.context) for i in places))
+        for place, (findings, broken) in zip(places, results, strict=True):
+            self._note(rule, place, findings, broken)
+
+    def _note(self, rule: Rule, place: int, findings: Sequence[Finding], broken: str = "") -> None:
+        if findings or broken:
+            action = rule.if_broken if broken else rule.action
+            hit = Hit(rule.name, action, rule.mode, tuple(findings), broken, place)
+            self._hits.setdefault(rule.name, []).append(hit)
+        if rule.action is Action.REDACT and rule.mode == "enforce":
+            for finding in findings:
+                text = self.messages[place].content
+                insort(self._redactions.setdefault(place, []), Redaction.of(rule, finding, text, self.context.vault))
+
+    async def _read_joined(self, rules: Sequence[Rule]) -> None:
+        """Reads what the messages say together; only what stands across a seam, and ends in something new, counts."""
+        everyone = [i for i, one in enumerate(self.messages) if i not in self.settled and one.content.strip()]
+        users = [i for i in everyone if self.messages[i].role == "user"]
+        rows = [row[-JOINED_MESSAGES:] for row in ([users] if users == everyone else [users, everyone]) if len(row) > 1]
+        for row, seam in [(row, seam) for row in rows for seam in SEAMS]:
+            joined, pieces = _pieces(self.messages, row, seam)
+            seen = Seen(joined)
+            for rule in rules:
+                if not _may_join(rule, row, self.messages):
+                    continue
+                findings, broken = await find(rule, seen, self.context)
+                if broken:
+                    self._note(rule, row[-1], (), broken)
+                known = {(hit.message, one.start) for hit in self._hits.get(rule.name, ()) for one in hit.findings}
+                for place, parts in _across(findings, pieces, self.trusted, known).items():
+                    self._note(rule, place, parts)
+
+    def _shown(self) -> Iterable[Message]:
+        """The conversation as the model may see it."""
+        for i, message in enumerate(self.messages):
+            if i in self.settled:
+                continue
+            found, text = self._redactions.get(i), message.content
+            yield replace(message, content=redact(text, found, 0, 0, len(text))[0]) if found else message
 
 
 async def judge_messages(
     rules: Sequence[Rule], messages: Sequence[Message], context: Context | None = None, trusted: int = 0
 ) -> tuple[Verdict, tuple[Message, ...]]:
-    """(the verdict on a conversation, the conversation as the model may see it).
+    """(the verdict on a conversation, the conversation as the model may see it); see `Judging`.
 
-    The strictest action over all rules and messages decides. The first `trusted` messages are history that this
-    service has judged and answered before: they are redacted, but do not stop the turn again. A question that was
-    answered by a rule's own reply is taken out together with that reply: the model does not see it, and the
-    conversation goes on. `Verdict.text` is the rule's reply for a stop, else the last user message, redacted. A rule
-    whose action could not change the verdict any more is not read, if reading it is costly.
+    The strictest action over all rules and messages decides. `Verdict.text` is the rule's reply for a stop, else the
+    last user message, redacted. A rule that costs much and could not change the verdict any more is not read.
     """
-    state = _Judging(messages, context or Context(tuple(messages)), trusted, _refused_before(rules, messages))
-    state.seen = [Seen(message.content) for message in messages]
-    for tier, these in groupby(sorted(rules, key=_tier), key=_tier):
-        due = list(these)
-        if tier > 0:
-            due = [rule for rule in due if rule.action > state.strictest or _shadows(rule, state)]
-            await asyncio.gather(*(_read(rule, state) for rule in due))
-            continue
-        for rule in due:
-            if not (state.strictest.stops and rule.action <= state.strictest and state.long):
-                await _read(rule, state)
-        if tier == 0 and len(messages) > 1 and not state.strictest.stops:
-            await _read_joined(due, state)
-    seen = tuple(_as_seen(state))
-    hits = [hit for rule in rules for hit in state.hits.get(rule.name, ())]
-    return _verdict(rules, hits, seen), seen
-
-
-def _shadows(rule: Rule, state: _Judging) -> bool:
-    """True for a rule that is only watched: it is read as long as nothing has stopped the turn."""
-    return rule.mode == "shadow" and not state.strictest.stops
+    judging = Judging(rules, messages, context, trusted)
+    await judging.begin()
+    return await judging.finish()
 
 
 def _tier(rule: Rule) -> int:
@@ -126,13 +175,6 @@ def in_scope(rule: Rule, messages: Sequence[Message]) -> list[int]:
     places = [i for i, message in enumerate(messages) if wanted is None or message.role in wanted]
     last = 1 if rule.scope == "last_user" else rule.window
     return places[-last:] if last else places
-
-
-async def _read(rule: Rule, state: _Judging) -> None:
-    places = state.places(rule)
-    results = await asyncio.gather(*(find(rule, state.seen[i], state.context) for i in places))
-    for place, (findings, broken) in zip(places, results, strict=True):
-        state.note(rule, place, findings, broken)
 
 
 # --- What is split over several messages ------------------------------------------------------------------------------
@@ -161,25 +203,6 @@ def _pieces(messages: Sequence[Message], places: Sequence[int], seam: str) -> tu
             out += (gap, shown)
             at += len(gap) + len(shown)
     return "".join(out), pieces
-
-
-async def _read_joined(rules: Sequence[Rule], state: _Judging) -> None:
-    """Reads what the messages say together; only what stands across a seam, and ends in something new, counts."""
-    everyone = [i for i, message in enumerate(state.messages) if i not in state.settled and message.content.strip()]
-    users = [i for i in everyone if state.messages[i].role == "user"]
-    rows = [row[-JOINED_MESSAGES:] for row in ([users] if users == everyone else [users, everyone]) if len(row) > 1]
-    for row, seam in [(row, seam) for row in rows for seam in SEAMS]:
-        joined, pieces = _pieces(state.messages, row, seam)
-        seen = Seen(joined)
-        for rule in rules:
-            if not _may_join(rule, row, state.messages):
-                continue
-            findings, broken = await find(rule, seen, state.context)
-            if broken:
-                state.note(rule, row[-1], (), broken)
-            known = {(hit.message, one.start) for hit in state.hits.get(rule.name, ()) for one in hit.findings}
-            for place, parts in _across(findings, pieces, state.trusted, known).items():
-                state.note(rule, place, parts)
 
 
 def _may_join(rule: Rule, row: Sequence[int], messages: Sequence[Message]) -> bool:
@@ -217,15 +240,6 @@ def _part(one: Finding, piece: _Piece) -> tuple[int, Finding]:
 
 
 # --- The verdict ------------------------------------------------------------------------------------------------------
-
-
-def _as_seen(state: _Judging) -> Iterable[Message]:
-    """The conversation as the model may see it."""
-    for i, message in enumerate(state.messages):
-        if i in state.settled:
-            continue
-        found, text = state.redactions.get(i), message.content
-        yield replace(message, content=redact(text, found, 0, 0, len(text))[0]) if found else message
 
 
 def _refused_before(rules: Sequence[Rule], messages: Sequence[Message]) -> set[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -153,7 +153,7 @@ def json_schema() -> Json:
     for table, key in ((RouteTable, "route"), (ExampleTable, "example")):
         defs[key], more = _parts(table, f"{key}.")
         defs |= more
-    defs["confirm"] = {"oneOf": [_validator(name, model, {}) for name, model in options.items()]}
+    defs["confirm"] = _confirm(options)
     for stage in ("input", "output"):
         defs[stage] = _rule(stage, options)
         whole["properties"][stage] |= {"items": {"$ref": f"#/$defs/{stage}"}}
@@ -194,38 +194,56 @@ def _untitled(schema: Any) -> Any:
 
 
 def _rule(stage: str, options: dict[str, Json]) -> Json:
-    """The schema of a rule of this stage: one of each validator, or a change of a parent's rule."""
+    """The schema of a rule of this stage: one of each validator, or a change of a parent's rule.
+
+    The validator's branch is chosen by its name, not tried like the others of a `oneOf`: an editor can then say which
+    key is wrong. All options are listed beside, for what an editor offers while one writes.
+    """
     shared, _ = _parts(RuleTable, "")
     keys: Json = {name: key for name, key in shared["properties"].items() if stage == "input" or name not in INPUT_ONLY}
     keys["confirm"] = {"$ref": "#/$defs/confirm", "description": keys["confirm"]["description"]}
-    del keys["validator"]
+    keys["validator"] |= {"enum": list(options)}
     found: dict[str, list[Json]] = {}
     for model in options.values():
         for key, schema in model["properties"].items():
             found.setdefault(key, []).append(schema)
-    change = {
-        "type": "object",
-        "description": "A change of a rule of the policy that is extended.",
-        "properties": keys | {key: {"anyOf": schemas} for key, schemas in found.items()},
-        "required": ["name"],
-        "additionalProperties": False,
-    }
-    rules = [_validator(name, model, keys, ["name", "action"]) for name, model in options.items()]
+    some = {key: schemas[0] if len(schemas) == 1 else {"anyOf": schemas} for key, schemas in found.items()}
+    offered = {key: {"description": schemas[0].get("description", "")} for key, schemas in found.items()}
+    change = {"properties": dict.fromkeys(keys, True) | some, "additionalProperties": False}
     speaking = {"properties": {"action": {"enum": list(REPLIES)}}, "required": ["validator", "action"]}
-    return {"oneOf": [*rules, change], "if": speaking, "then": {"required": ["reply"]}}
-
-
-def _validator(name: str, model: Json, keys: Json, required: list[str] | None = None) -> Json:
-    """The schema of a table that names this validator: `keys`, and its options."""
-    schema: Json = {
+    return {
         "type": "object",
-        "properties": {"validator": {"const": name}, **keys, **model["properties"]},
-        "required": ["validator", *(required or ()), *model.get("required", ())],
-        "additionalProperties": False,
+        "properties": offered | keys,
+        "required": ["name"],
+        "allOf": [
+            *_by_validator(options, dict.fromkeys(keys, True), ["name", "action"]),
+            {"if": {"not": {"required": ["validator"]}}, "then": change},
+            {"if": speaking, "then": {"required": ["reply"]}},
+        ],
     }
-    if "description" in model:
-        schema["description"] = model["description"]
-    if "action" in keys and name in WHOLE_TEXT:
-        words = [word for word in keys["action"]["enum"] if word != "redact"]
-        schema["properties"]["action"] = keys["action"] | {"enum": words}
-    return schema
+
+
+def _confirm(options: dict[str, Json]) -> Json:
+    """The schema of `confirm`: a validator and its options."""
+    return {
+        "type": "object",
+        "properties": {"validator": {"enum": list(options)}},
+        "required": ["validator"],
+        "allOf": _by_validator(options, {"validator": True}, []),
+    }
+
+
+def _by_validator(options: dict[str, Json], keys: Json, required: list[str]) -> list[Json]:
+    """One branch for each validator: `keys`, and its options."""
+    branches: list[Json] = []
+    for name, model in options.items():
+        properties = keys | model["properties"]
+        if "action" in keys and name in WHOLE_TEXT:
+            properties["action"] = {"enum": [word for word in get_args(Word) if word != "redact"]}
+        then = {
+            "properties": properties,
+            "required": [*required, *model.get("required", ())],
+            "additionalProperties": False,
+        }
+        branches.append({"if": {"properties": {"validator": {"const": name}}, "required": ["validator"]}, "then": then})
+    return branches

@@ -114,13 +114,17 @@ class Span:
         first, last = match.span(self.group) if self.group else match.span()
         return (first, last) if self.accept is None or self.accept(text[first:last]) else None
 
+    def rated(self, text: str) -> float:
+        """The score of what is found, in 0..1."""
+        return self.score
+
     def findings(self, text: str, start: int, settled: int) -> tuple[list[Finding], int]:
         """The findings whose match starts in `start..settled`, and the place to go on from."""
         found: list[Finding] = []
         while (match := self._search(text, start)) and match.start() < settled:
             part = self.part(text, match)
             if part:
-                found.append(Finding(self.label, *part, self.score))
+                found.append(Finding(self.label, *part, self.rated(text[part[0] : part[1]])))
             start = max(part[1] if part else 0, match.start() + 1)
         return found, max(start, settled)
 

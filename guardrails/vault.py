@@ -24,8 +24,8 @@ HIDEABLE = 6
 """Characters from which on a known value is hidden in a message wherever it stands, though no rule found it there."""
 
 NOTE = (
-    "Words in brackets such as [EMAIL_1] stand for private data that the user has given. Write them exactly as they are "
-    "where the data belongs, and do not ask what they stand for."
+    "Words in brackets such as [EMAIL_1] stand for private data that the user has given. Write them exactly as they "
+    "are where the data belongs, and do not ask what they stand for."
 )
 """What a model is told when there are placeholders in what it reads."""
 
@@ -35,6 +35,7 @@ _WRITTEN = regex.compile(
     rf"\[{_GLUE}{{0,4}}(?<name>[^\W_](?:[^\[\]\n]{{0,80}}?[^\W_])?)"
     rf"{_GLUE}{{1,4}}(?<number>[1-9][0-9]{{0,5}}){_GLUE}{{0,4}}\]"
 )
+_PLACE = regex.compile(rf"\\{{0,2}}\[[^\[\]\n]{{1,90}}?{_GLUE}[1-9][0-9]{{0,5}}{_GLUE}{{0,4}}\]")
 _ISSUED = regex.compile(r"\[(?<name>[A-Z0-9_]+)_(?<number>[1-9][0-9]{0,5})\]")
 
 _EXACT = regex.compile("KEY|PASS|SECRET|TOKEN")
@@ -257,6 +258,20 @@ class Restorer:
             return True  # where so long a word began is forgotten
         quoted = quote is not None and quote.group() in '"<' and _SITE.match(said, quote.end())
         return bool(quoted or _SITE.search(said, space.end() if space else 0))
+
+
+def may_be(told: str, said: str) -> bool:
+    """True when `told` is `said` with some values, whatever they are, in the places of its placeholders."""
+    first, *between = _PLACE.split(said)
+    if not between:
+        return told == said
+    last, place = between.pop(), len(first)
+    for part in between:
+        found = told.find(part, place)
+        if found < 0:
+            return False
+        place = found + len(part)
+    return told.startswith(first) and told.endswith(last) and place <= len(told) - len(last)
 
 
 def restore(text: str, values: Mapping[str, str], *, json: bool = False) -> str:

@@ -116,7 +116,7 @@ class GuardrailsAI:
         return asyncio.run(protocol.blocked(lambda: guard.validate(text)))
 
     def cost(self, variant: str, text: str, runs: int) -> list[float]:
-        return protocol.cpu(lambda: self.text.validate(text), runs)
+        return protocol.cpu(lambda: self.text.validate(protocol.fresh(text)), runs)
 
     def cost_of_stream(self, variant: str, chunks: list[str], runs: int) -> list[float]:
         return protocol.cpu(lambda: self.stream("on_fail=exception", chunks), runs)

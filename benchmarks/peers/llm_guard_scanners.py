@@ -65,7 +65,7 @@ class LLMGuard:
         return asyncio.run(protocol.blocked(check))
 
     def cost(self, variant: str, text: str, runs: int) -> list[float]:
-        return protocol.cpu(lambda: stopped(VARIANTS[variant], text), runs)
+        return protocol.cpu(lambda: stopped(VARIANTS[variant], protocol.fresh(text)), runs)
 
     def cost_of_stream(self, variant: str, chunks: list[str], runs: int) -> list[float]:
         raise NotImplementedError

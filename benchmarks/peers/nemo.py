@@ -101,7 +101,7 @@ class Nemo:
         guard = self.fast if variant == "IORails" else self.guards["as shipped"]
 
         async def check() -> None:
-            result = await guard.check_async(protocol.user(text), rail_types=[RailType.INPUT])
+            result = await guard.check_async(protocol.user(protocol.fresh(text)), rail_types=[RailType.INPUT])
             assert result.status is RailStatus.PASSED, result
 
         return protocol.cpu(lambda: self.loop.run_until_complete(check()), runs)

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable
 
 import protocol
 
-from guardrails import judge_messages, loads, stream
+from guardrails import PolicyError, judge_messages, loads, stream
 from guardrails.engine import Guard
 from guardrails.types import Action, Message, Policy, Verdict
 
@@ -34,6 +34,7 @@ reply = "I cannot say that."''',
     '''action = "redact"
 placeholder = "[SSN]"''',
 )
+PLAIN = POLICY.replace('action = "refuse"', 'action = "refuse"\nviews = false')
 POLICIES = {"refuse": loads(POLICY), "redact": loads(REDACTING)}
 
 
@@ -50,6 +51,7 @@ class Newel:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.policy = POLICIES["refuse"]
+        self.costs = {"": self.policy, "views = false": loads(PLAIN)}
 
     def about(self) -> dict[str, object]:
         return {
@@ -57,7 +59,7 @@ class Newel:
             "checks": [""],
             "places": [""],
             "streams": list(POLICIES),
-            "costs": [""],
+            "costs": ["", "views = false"],
             "how": "`patterns` in a policy; `judge_messages`, `stream`",
         }
 
@@ -92,17 +94,23 @@ class Newel:
 
         return load
 
-    def hostile(self, pattern: str, text: str) -> float:
-        policy = loads(POLICY.replace(protocol.PATTERN, pattern))
+    def hostile(self, pattern: str, text: str) -> float | str:
+        try:
+            policy = loads(POLICY.replace(protocol.PATTERN, pattern))
+        except PolicyError:
+            return "refused at load"
         return self.loop.run_until_complete(protocol.blocked(lambda: stopped(policy, protocol.user(text))))
 
     def cost(self, variant: str, text: str, runs: int) -> list[float]:
-        messages = [Message("user", text)]
-        return protocol.cpu(lambda: self.loop.run_until_complete(judge_messages(self.policy.input, messages)), runs)
+        def check() -> None:
+            asked = [Message("user", protocol.fresh(text))]
+            self.loop.run_until_complete(judge_messages(self.costs[variant].input, asked))
+
+        return protocol.cpu(check, runs)
 
     def cost_of_stream(self, variant: str, chunks: list[str], runs: int) -> list[float]:
         def read() -> None:
-            guard = Guard(self.policy.output)
+            guard = Guard(self.costs[variant].output)
             for chunk in chunks:
                 guard.feed(chunk)
 

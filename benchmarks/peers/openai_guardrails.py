@@ -131,7 +131,9 @@ class OpenAIGuardrails:
 
     def cost(self, variant: str, text: str, runs: int) -> list[float]:
         async def check() -> None:
-            await self.guard._run_stage_guardrails("input", text)  # what its client runs before the model
+            await self.guard._run_stage_guardrails(
+                "input", protocol.fresh(text)
+            )  # what its client runs before the model
 
         return protocol.cpu(lambda: self.loop.run_until_complete(check()), runs)
 

@@ -23,7 +23,8 @@ class Results:
 
     about: (version, how it is set up). missing: why a system could not be had. honest: which honest texts it stops.
     leaks: characters by way of cutting, with a note. typos: (what is misspelt, what came of it). frozen: seconds by
-    hostile text, None for one that was ended. costs: (CPU seconds, how many times newel's) by what was read.
+    hostile text, None where the system was ended, words where there is no such rule. costs: (CPU seconds, how many
+    times newel's) by what was read.
     """
 
     about: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -33,7 +34,7 @@ class Results:
     places: Grid = field(default_factory=dict)
     leaks: dict[str, dict[str, tuple[int, str]]] = field(default_factory=dict)
     typos: dict[str, list[tuple[str, str]]] = field(default_factory=dict)
-    frozen: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    frozen: dict[str, dict[str, float | str | None]] = field(default_factory=dict)
     costs: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
     def without(self, rows: Mapping[str, object]) -> str:
@@ -78,8 +79,11 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 1 else f"{ratio:.1f}" if ratio < 10 else f"{ratio:,.0f}"
 
 
-def frozen(seconds: float | None, freeze: float) -> str:
-    return f"over {freeze:.0f} s" if seconds is None else f"{seconds:.2f} s"
+def frozen(found: float | str | None, freeze: float) -> tuple[float, str]:
+    """(seconds, in words)."""
+    if found is None:
+        return freeze, f"over {freeze:.0f} s"
+    return (0.0, found) if isinstance(found, str) else (found, f"{found:.2f} s")
 
 
 def typo_rows(results: Results) -> Iterator[list[str]]:
@@ -118,7 +122,7 @@ def section(results: Results, setting: Setting, picture: str) -> str:
     systems += [[name, "-", reason] for name, reason in results.missing.items()]
     patterns = ", ".join(f"`{pattern}` ({name})" for name, pattern in setting.hostile.items())
     single, still = results.without(results.places), results.without(results.leaks)
-    stuck = ([name, *(frozen(one, setting.freeze) for one in row.values())] for name, row in results.frozen.items())
+    stuck = ([name, *(frozen(one, setting.freeze)[1] for one in row.values())] for name, row in results.frozen.items())
     parts = [
         HEADING,
         "`python benchmarks/guardrails.py --write` installs the peers, runs all of this in one go and writes this "
@@ -143,7 +147,7 @@ def section(results: Results, setting: Setting, picture: str) -> str:
         f"\nA system is ended after {setting.freeze:.0f} s.",
         table(["system", *setting.hostile], stuck),
         "### Cost\n\nCPU time of one plain rule that finds nothing, on a question and on a reply in pieces of 4 "
-        "characters: medians, and in brackets\nhow many times newel's, measured in turn.",
+        "characters: medians, and in\nbrackets how many times newel's, measured in turn.",
         table(["system", *results.costs["newel"]], cost_rows(results)),
         f"Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} shared cores, "
         f"{time.strftime('%Y-%m-%d')}.",
@@ -196,11 +200,8 @@ def columns(results: Results, setting: Setting) -> list[Column]:
         worst = max(count for count, _ in cuts.values())
         leaks.setdefault(label.split(",")[0], of(worst, setting.number))
     typos = {name: of(sum(came == SILENT for _, came in tries), len(tries)) for name, tries in results.typos.items()}
-    blocked = {}
-    for name, row in results.frozen.items():
-        worst_of = max(row.values(), key=lambda seconds: setting.freeze if seconds is None else seconds)
-        share = 1.0 if worst_of is None else worst_of / setting.freeze
-        blocked[name] = (share, frozen(worst_of, setting.freeze))
+    worst_of = {name: max(frozen(one, setting.freeze) for one in row.values()) for name, row in results.frozen.items()}
+    blocked = {name: (seconds / setting.freeze, words) for name, (seconds, words) in worst_of.items()}
     return [
         Column("Disguises caught", "of one banned phrase", "more", caught(results.disguises)),
         Column("Places caught", "in a conversation", "more", caught(results.places)),

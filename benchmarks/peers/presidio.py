@@ -100,7 +100,7 @@ class Presidio:
         return asyncio.run(protocol.blocked(check))
 
     def cost(self, variant: str, text: str, runs: int) -> list[float]:
-        return protocol.cpu(lambda: self.engines[variant].analyze(text, language="en"), runs)
+        return protocol.cpu(lambda: self.engines[variant].analyze(protocol.fresh(text), language="en"), runs)
 
     def cost_of_stream(self, variant: str, chunks: list[str], runs: int) -> list[float]:
         raise NotImplementedError

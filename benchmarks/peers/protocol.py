@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import count
 from typing import Protocol
 
 PHRASE = "project falcon"
@@ -40,8 +41,9 @@ class System(Protocol):
         """For each misspelt word of the configuration: `what`, and what came of it."""
         ...
 
-    def hostile(self, pattern: str, text: str) -> float:
-        """Seconds in which an event loop could do nothing else while a rule with this pattern read this text."""
+    def hostile(self, pattern: str, text: str) -> float | str:
+        """Seconds in which an event loop could do nothing else while a rule with this pattern read this text, or why
+        there is no such rule."""
         ...
 
     def cost(self, variant: str, text: str, runs: int) -> list[float]:
@@ -64,6 +66,14 @@ def serve(system: System) -> None:
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {str(error)[:300]}"}
         answers.write(json.dumps(answer) + "\n")
+
+
+NUMBERS = count(10_000_000)
+
+
+def fresh(text: str) -> str:
+    """The text with another end each time, of the same length: no system may answer from what it remembers."""
+    return f"{text[:-8]}{next(NUMBERS)}"
 
 
 def cpu(work: Callable[[], object], runs: int) -> list[float]:

@@ -108,16 +108,6 @@ def _resolves(schema: Json, reference: str) -> bool:
     return True
 
 
-def _patterns(schema: object) -> Iterator[str]:
-    """All patterns of a schema."""
-    if isinstance(schema, dict):
-        yield from (value for key, value in schema.items() if key == "pattern" and isinstance(value, str))
-        schema = list(schema.values())
-    if isinstance(schema, list):
-        for inner in schema:
-            yield from _patterns(inner)
-
-
 def _references(schema: object) -> Iterator[str]:
     """All that a schema refers to."""
     if isinstance(schema, dict):
@@ -142,8 +132,6 @@ class JsonSchema:
             base.check_schema(options.shape)
             extend = cast(Callable[..., Callable[..., Checker]], validators.extend)
             self._checker = extend(base, {"pattern": _pattern, "uniqueItems": _unique})(options.shape)
-            for pattern in _patterns(options.shape):
-                regex.compile(pattern)
             for trial in TRIALS:
                 self._errors(trial)
         except SchemaError as error:

@@ -9,20 +9,27 @@ import ipaddress
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
-from stdnum import iban, luhn
+from stdnum import iban, imei, luhn
+from stdnum.us import rtn
 
 from guardrails.spans import Span, Spans
 from guardrails.validators import phones
-from guardrails.validators.identifiers import IDENTIFIERS, SEP
+from guardrails.validators.checksums import BASE58, base58, is_bech32, is_eip55
+from guardrails.validators.identifiers import IDENTIFIERS, SEP, Announced
 
 Kind = Literal[
-    "email", "phone", "card", "iban", "date_of_birth", "ip",
-    "au_tfn", "be_national_number", "br_cpf", "ca_sin", "ch_ahv", "cn_ric", "de_tax_id", "dk_cpr", "es_dni", "es_nie",
-    "fi_hetu", "fr_nir", "ie_pps", "in_aadhaar", "in_pan", "it_codice_fiscale", "kr_rrn", "mx_curp", "nl_bsn",
-    "no_fodselsnummer", "pl_pesel", "pt_nif", "se_personnummer", "tr_kimlik", "uk_nhs", "uk_nino", "us_itin", "us_ssn",
-    "za_id",
+    "email", "phone", "card", "iban", "date_of_birth", "ip", "bank_account", "us_routing", "uk_sort_code",
+    "crypto_wallet", "imei", "mac_address", "passport", "driving_licence", "street_address", "person_name",
+    "ar_cuil", "at_svnr", "au_tfn", "be_national_number", "bg_egn", "br_cpf", "ca_sin", "ch_ahv", "cl_rut", "cn_ric",
+    "cz_rodne_cislo", "de_tax_id", "dk_cpr", "do_cedula", "ec_cedula", "ee_isikukood", "es_dni", "es_nie", "fi_hetu",
+    "fr_nir", "gb_utr", "gr_amka", "hr_oib", "id_nik", "ie_pps", "il_id", "in_aadhaar", "in_pan", "in_voter_id",
+    "is_kennitala", "it_codice_fiscale", "jp_my_number", "kr_rrn", "lt_asmens_kodas", "lv_personas_kods", "mx_curp",
+    "mx_rfc", "my_nric", "nl_bsn", "no_fodselsnummer", "nz_ird", "pk_cnic", "pl_pesel", "pt_nif", "ro_cnp", "ru_inn",
+    "se_personnummer", "sg_nric", "si_emso", "th_id", "tr_kimlik", "ua_rntrc", "uk_nhs", "uk_nino", "us_itin",
+    "us_medicare", "us_ssn", "za_id",
 ]  # fmt: skip
 KINDS: tuple[Kind, ...] = get_args(Kind)
+OFF: tuple[Kind, ...] = ("ip", "mac_address", "person_name")
 
 
 class Options(BaseModel):
@@ -30,15 +37,20 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     kinds: list[Kind] = Field(
-        default=[kind for kind in KINDS if kind != "ip"],
+        default=[kind for kind in KINDS if kind not in OFF],
         min_length=1,
-        description="What to find, by label. `ip` is off by default: four-part version numbers look like addresses.",
+        description="What to find, by label. Off by default: `ip`, since version numbers look like addresses;"
+        " `mac_address`; `person_name`, found only where people say theirs.",
     )
     regions: list[str] = Field(
         default=["US", "GB"],
-        description="Countries (ISO 3166, two letters) whose phone numbers are known without the `+` and country code.",
+        description="Countries (ISO 3166, two letters; EU for all of its members) whose phone numbers are known without"
+        " the `+` and country code.",
     )
 
+
+START = r"(?<![0-9A-Za-z])(?<![0-9][.,/:-])"
+"""Where a number starts that belongs to no longer one."""
 
 EMAIL = (
     r"(?<!\w)(?!git@)\w(?:[\w.%+'-]{0,62}[\w%+-])?@"
@@ -143,10 +155,102 @@ def _ip() -> list[Span]:
     return [Span("ip", version_4, _is_ip), Span("ip", r"(?<![\w:.])[0-9A-Fa-f:]{2,39}(?:%\w{1,15})?(?![\w:])", _is_ip)]
 
 
+def _bank() -> list[Span]:
+    """Numbers of accounts, announced; of banks with their check digits, where they have any."""
+    account = (
+        r"(?:bank|checking|savings|current|giro) acc(?:oun)?t\w{0,4}|acc(?:oun)?t\.? (?:no\b|number|#)|kontonummer"
+    )
+    end = "(?![0-9A-Za-z-])"
+    return [
+        Announced("bank_account", rf"{START}[0-9]{{8,17}}{end}", account, lambda text: len(set(text)) > 1),
+        Announced("us_routing", rf"{START}[0-9]{{9}}{end}", r"routing|aba|rtn", rtn.is_valid),
+        Announced("uk_sort_code", rf"{START}[0-9]{{2}}(?:[ -]?[0-9]{{2}}){{2}}{end}", "sort ?code", bool),
+    ]
+
+
+def _wallet() -> list[Span]:
+    """Addresses of Bitcoin and Ethereum; an Ethereum address without capitals has no check digits."""
+    ethereum, words = rf"{START}0x[0-9a-fA-F]{{40}}(?![0-9A-Za-z])", "eth|ethereum|wallet|address"
+    return [
+        Span(
+            "crypto_wallet",
+            rf"{START}[13][{BASE58}]{{25,34}}(?![0-9A-Za-z])",
+            lambda text: base58(text)[:1] in (b"\0", b"\5"),
+        ),
+        Span("crypto_wallet", rf"{START}(?i:bc1)[0-9a-zA-Z]{{11,71}}(?![0-9A-Za-z])", is_bech32),
+        Span("crypto_wallet", ethereum, lambda text: text[2:].lower() != text[2:] and is_eip55(text)),
+        Announced("crypto_wallet", ethereum, words, str.islower),
+    ]
+
+
+def _device() -> list[Span]:
+    """Numbers of telephones, announced, and of network cards."""
+    shape = rf"{START}[0-9]{{2}}[ -]?[0-9]{{6}}[ -]?[0-9]{{6}}[ -]?[0-9](?![0-9A-Za-z])"
+    card = "(?:(?:[0-9A-Fa-f]{2}:){5}|(?:[0-9A-Fa-f]{2}-){5})[0-9A-Fa-f]{2}"
+    return [
+        Announced("imei", shape, "imei", imei.is_valid),
+        Span("mac_address", rf"(?<![\w:-]){card}(?![\w:-])", lambda text: len(set(text.lower())) > 3),
+    ]
+
+
+def _papers() -> list[Span]:
+    """Numbers of passports and of licences to drive, announced; states write them in many ways."""
+    passport = "(?:[A-Z]{1,2}[0-9]{6,8}|[0-9]{9}|[CFGHJKLMNPRTVWXYZ][0-9CFGHJKLMNPRTVWXYZ]{8}|[0-9]{2}[A-Z]{2}[0-9]{5})"
+    licence = "(?:[A-Z][A-Z0-9]{4}[0-9]{6}[A-Z0-9]{5}|[A-Z]{1,3}[0-9]{5,14}|[0-9]{7,9})"
+    drive = (
+        r"driv(?:er|ing)['’]?s? licen[cs]e|dl (?:no|number|#)|führerschein\w{0,7}|permis de conduire"
+        r"|licencia de conducir|rijbewijs\w{0,6}|patente di guida"
+    )
+    passes = r"passport|reisepass\w{0,7}|passeport|pasaporte|passaporto|paspoort\w{0,6}|passaporte"
+    digits = lambda text: sum(map(str.isdigit, text)) >= 5  # noqa: E731
+    return [
+        Announced("passport", rf"{START}{passport}(?![0-9A-Za-z])", passes, digits),
+        Announced("driving_licence", rf"{START}{licence}(?![0-9A-Za-z])", drive, digits),
+    ]
+
+
+WAY = (
+    "(?:Street|St|Avenue|Ave|Road|Rd|Lane|Ln|Drive|Dr|Boulevard|Blvd|Court|Ct|Place|Pl|Square|Terrace|Way|Crescent|Close"
+    r"|Parkway|Pkwy|Highway|Hwy|Gardens|Grove|Mews)(?![\w])\.?"
+)
+LIVES = (
+    r"address|liv(?:e|es|ing)|reside[sd]?|ship|deliver"
+    r"|moved|wohn\w{0,4}|adresse|anschrift|j['’]habite|domicile|vivo|dirección|domicilio"
+)
+
+
+def _street() -> list[Span]:
+    """A house number and a street right after a word for living there, up to the town and its number."""
+    name = r"(?:[\p{Lu}0-9][\w.'’-]{0,20} ){1,4}"
+    flat = r"(?:,? (?:Apt|Apartment|Suite|Ste|Unit|Flat|#)\.? ?\w{1,6})?"
+    code = r"(?:[A-Z]{2} [0-9]{5}(?:-[0-9]{4})?|[A-Z]{1,2}[0-9][0-9A-Z]? [0-9][A-Z]{2})"
+    town = rf"(?:,? (?:\p{{Lu}}[\w.'’-]{{1,20}} ?){{1,3}},? {code})?"
+    english = rf"{START}[0-9]{{1,5}}[A-Za-z]?,? {name}{WAY}{flat}{town}"
+    french = (
+        rf"{START}[0-9]{{1,4}}(?: bis| ter)?,? (?i:rue|avenue|boulevard|place|chemin|impasse)"
+        r" (?:(?:de|du|des|la|le|les) ){0,2}(?:[ld]['’])?\p{Lu}[\w'’-]{1,20}(?: \p{Lu}[\w'’-]{1,20}){0,3}"
+    )
+    german = (
+        r"(?<![\w])\p{Lu}[\p{L}-]{1,30}(?:straße|strasse|str\.|weg|gasse|platz|allee|ring) [0-9]{1,4} ?[a-z]?(?!\w)"
+        r"(?:, [0-9]{5} \p{Lu}[\p{L}-]{1,30})?"
+    )
+    return [Announced("street_address", one, LIVES, bool) for one in (english, french, german)]
+
+
+def _name() -> list[Span]:
+    """What people say their name is, where it has capitals."""
+    said = (
+        r"my (?:full )?name(?: is|['’]s)|ich hei(?:ß|ss)e|mein name ist|je m['’]appelle|me llamo|mi nombre es|mi chiamo"
+        "|ik heet"
+    )
+    part = r"\p{Lu}[\p{L}'’-]{1,24}"
+    return [Span("person_name", rf"(?<!\w)(?i:{said}) (?P<name>{part}(?: {part}){{0,3}})", group="name")]
+
+
 def build(options: Options) -> Spans:
     """The validator for these kinds; raises ValueError for an unknown region."""
     kinds = set(options.kinds)
     spans = [span for identifier in IDENTIFIERS if identifier.label in kinds for span in identifier.spans()]
     spans += phones.spans(options.regions) if "phone" in kinds else []
-    makers = (("card", _card), ("email", _email), ("iban", _iban), ("date_of_birth", _date_of_birth), ("ip", _ip))
-    return Spans([*spans, *(span for kind, make in makers if kind in kinds for span in make())])
+    makers = (_card, _email, _iban, _date_of_birth, _ip, _bank, _wallet, _device, _papers, _street, _name)
+    return Spans([*spans, *(span for make in makers for span in make() if span.label in kinds)])

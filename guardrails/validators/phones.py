@@ -12,6 +12,7 @@ from guardrails.validators.identifiers import GAP, Announced
 
 CALL = r"phone|tele?|tel\.|telephone|mobile|cell|call|fax|whatsapp|sms|signal|dial|handy|tél|móvil"
 """Words for calling: after them even an unbroken row of digits may be a number."""
+EU = "AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK"
 DATES = {(4, 2, 2), (4, 1, 2), (4, 2, 1), (4, 1, 1), (2, 2, 4), (1, 2, 4), (2, 1, 4), (1, 1, 4), (2, 2, 2)}
 """Sizes of the groups of digits in dates."""
 DIGITS = regex.compile(r"([0-9]+)\)?")
@@ -39,6 +40,7 @@ def spans(regions: Sequence[str]) -> list[Span]:
 
     Raises ValueError for a region that is not known.
     """
+    regions = list(dict.fromkeys(one for region in regions for one in (EU.split() if region == "EU" else [region])))
     if unknown := set(regions) - phonenumbers.SUPPORTED_REGIONS:
         raise ValueError(f"regions: {', '.join(sorted(unknown))} is not a country code; write two capitals such as US")
     digits, between = r"\(?[0-9]{1,15}\)?", rf"(?:[/{GAP}]{{1,3}}|(?<=\))|(?=\())"

@@ -148,7 +148,8 @@ def test_every_command_is_there_and_says_in_one_line_what_it_does() -> None:
     found = dict(commands(typer.main.get_command(app)))
     names = """check demo export serve turn | keys create, keys list, keys revoke | model pull
     | policy activate, policy list, policy rollback | tenants list, tenants put
-    | tickets answer, tickets close, tickets list, tickets show | webhooks list, webhooks retry"""
+    | tickets answer, tickets close, tickets list, tickets show | vault forget, vault show
+    | webhooks list, webhooks retry"""
     single, *groups = names.split("|")
     assert set(found) == {*single.split(), *(name.strip() for group in groups for name in group.split(","))}
     for name, command in found.items():
@@ -219,6 +220,8 @@ def test_a_wrong_settings_file_is_named(newel: Run, tmp_path: Path, text: str, s
         (("tickets", "close", "ESC-1"), "there is no ticket 'ESC-1'"),
         (("webhooks", "retry", "msg_1"), "there is no delivery 'msg_1'"),
         (("turn", "chatcmpl-1"), "there is no turn 'chatcmpl-1'"),
+        (("vault", "show", "chatcmpl-1", "--reason", "a complaint"), "there is no turn 'chatcmpl-1'"),
+        (("vault", "forget", "nobody", "--all"), "there is no tenant 'nobody'"),
         (("policy", "rollback", "base"), "nothing to go back from"),
         (("policy", "rollback", "base", "abc"), "no version of policy 'base' starts with 'abc'"),
         (("check", "bsae"), "base"),

@@ -192,9 +192,27 @@ async def test_a_turn_may_wait_so_long_and_that_is_not_the_models_fault(asking: 
     budget = Budget(9, 0.05)
     with pytest.raises(BackendError, match="too long"):
         await asking.ask(PROMPT, budget)
-    with pytest.raises(BudgetSpent, match="as long as they may"):
+    with pytest.raises(BudgetSpent, match="as long as it may"):
         await asking.ask(PROMPT, budget)
     assert asking.counted() == {"budget": 2} and len(asking.upstream.requests) == 1
+
+
+def test_only_waiting_counts_and_what_is_asked_side_by_side_counts_once() -> None:
+    now = 0.0
+    budget = Budget(9, 10.0, lambda: now)
+    assert (budget.take(), budget.take()) == (10.0, 10.0)
+    now = 4.0
+    assert budget.take() == 10.0
+    for _ in range(3):
+        budget.give_back()
+    now = 100.0  # the chat model writes
+    assert budget.take() == 106.0
+    now = 105.9
+    budget.give_back()
+    assert budget.take() == pytest.approx(106.0)
+    now = 106.0
+    with pytest.raises(BudgetSpent, match="has waited for guard models as long as it may"):
+        budget.take()
 
 
 async def test_a_model_that_fails_again_and_again_is_left_alone(asking: Asking) -> None:

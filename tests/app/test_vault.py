@@ -16,7 +16,9 @@ from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from app import vault as vaults
+from app.cli import main
 from app.records import Tenant, Turn, now
+from app.service import pseudonym
 from app.settings import Settings, VaultSettings
 from app.store import Conflict, Owner, Sealed, Store, StoreDown
 from app.vault import Cipher, Unreadable, Vaults, open_vaults, owner_of
@@ -348,6 +350,77 @@ async def test_a_placeholder_that_is_taken_is_a_conflict(store: Store, tenant: s
     with pytest.raises(Conflict):
         await store.keep_values(owner, [Sealed("[X_1]", "k", b"2")], now() + timedelta(hours=1))
     assert [one.data for one in await store.sealed_values(owner)] == [b"1"]
+
+
+# --- the commands
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("NEWEL_HOME", str(tmp_path))
+    monkeypatch.setenv("NEWEL_CONFIG", str(tmp_path / "newel.toml"))
+    monkeypatch.setenv("NEWEL_SECRET", SECRET.decode())
+    return tmp_path
+
+
+def newel(*args: str) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(args)
+    return int(ended.value.code or 0)
+
+
+async def with_values(home: Path) -> list[Turn]:
+    """Three turns of two people in two conversations, each with a value."""
+    store = await Store.open(f"sqlite:///{home}/newel.db", home / "spill")
+    await store.put_tenant(Tenant("acme", "hr"))
+    turns = []
+    for conversation, person in (("one", "ann"), ("two", "ann"), ("two", "bob")):
+        turn = begun(
+            "acme", conversation=conversation, subject=pseudonym(SECRET, "acme", person), asked="I am [EMAIL_1]"
+        )
+        await put(keeper(store), turn, f"{person}@x.org")
+        await store.begin(turn)
+        turns.append(turn)
+    await store.close()
+    return turns
+
+
+def test_a_command_shows_the_values_of_a_turn_for_a_reason(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    turn, *_ = asyncio.run(with_values(home))
+    assert newel("vault", "show", turn.id, "--reason", "ticket 12", "--json") == 0
+    assert capsys.readouterr().out.split() == ["{", '"[EMAIL_1]":', '"ann@x.org"', "}"]
+    assert newel("vault", "show", turn.id, "--reason", "ticket 12") == 0
+    assert "ann@x.org" in capsys.readouterr().out
+    assert (newel("vault", "show", turn.id), newel("vault", "show", turn.id, "--reason", " ")) == (2, 2)
+    assert "ann@x.org" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("args", "deleted"),
+    [
+        (("--all",), 3),
+        (("--conversation", "two"), 2),
+        (("--user", "ann"), 2),
+        (("--user", "ann", "--conversation", "two"), 1),
+        (("--user", "eve"), 0),
+    ],
+)
+def test_a_command_deletes_what_has_to_be_forgotten(
+    home: Path, capsys: pytest.CaptureFixture[str], args: tuple[str, ...], deleted: int
+) -> None:
+    asyncio.run(with_values(home))
+    assert newel("vault", "forget", "acme", *args) == 0
+    assert capsys.readouterr().out == f"deleted: {deleted}\n"
+
+
+@pytest.mark.parametrize("args", [(), ("--all", "--user", "ann")])
+def test_a_command_that_does_not_say_whose_values_deletes_none(
+    home: Path, capsys: pytest.CaptureFixture[str], args: tuple[str, ...]
+) -> None:
+    asyncio.run(with_values(home))
+    assert newel("vault", "forget", "acme", *args) == 2
+    assert newel("vault", "forget", "acme", "--all") == 0
+    assert capsys.readouterr().out == "deleted: 3\n"
 
 
 # --- the settings

@@ -148,14 +148,27 @@ def test_a_typo_in_a_change_of_a_parents_rule_is_found(old: str, new: str) -> No
     assert wrong(KID.replace(old, new))
 
 
-def test_every_key_and_every_option_explains_itself() -> None:
-    keys: dict[str, Any] = SCHEMA.schema["$defs"]["input"]["oneOf"][0]["properties"]
-    assert [key for key in RuleTable.model_fields if key != "validator" and not keys[key].get("description")] == []
-    named = [rule["properties"]["validator"]["const"] for rule in SCHEMA.schema["$defs"]["input"]["oneOf"][:-1]]
-    assert named == catalog.names()
+def test_a_typo_is_said_as_such() -> None:
+    """Not as "valid under none of the schemas", which is what an editor says of alternatives."""
+    said = wrong(DESK.replace("kinds =", "kind ="))
+    assert said == ["Additional properties are not allowed ('kind' was unexpected)"]
+
+
+def branches(stage: str) -> dict[str, Any]:
+    rules = [one for one in SCHEMA.schema["$defs"][stage]["allOf"] if "properties" in one["if"]]
+    named = [one for one in rules if "validator" in one["if"]["properties"]]
+    return {one["if"]["properties"]["validator"]["const"]: one["then"] for one in named}
+
+
+def test_every_key_explains_itself_and_every_validator_is_there() -> None:
+    keys: dict[str, Any] = SCHEMA.schema["$defs"]["input"]["properties"]
+    assert [key for key in RuleTable.model_fields if not keys[key].get("description")] == []
+    assert list(branches("input")) == catalog.names()
+    for name, branch in branches("output").items():
+        assert set(catalog.options(name).model_fields) <= set(branch["properties"]), name
 
 
 def test_a_validator_that_judges_a_whole_text_offers_no_redaction() -> None:
-    rules = SCHEMA.schema["$defs"]["output"]["oneOf"][:-1]
-    offered = {rule["properties"]["validator"]["const"]: rule["properties"]["action"]["enum"] for rule in rules}
-    assert "redact" not in offered["language"] and "redact" in offered["personal"]
+    offered = branches("output")
+    assert "redact" not in offered["language"]["properties"]["action"]["enum"]
+    assert offered["personal"]["properties"]["action"] is True

@@ -28,7 +28,7 @@ FITS = [
     '\n```\n{"name": "Anna"}\n```\n',
     '{"name": "Anna", "a/b~c": null}',
     '{"name": "Anna", "more": {"x": 1e5}}',
-    '{"name": "Änne \\ud83d\\ude00"}',
+    '{"name": "Anne \\ud83d\\ude00"}',
     '{"name": "A\\ud800"}',
     '{"name": "A", "days": 0}',
 ]
@@ -44,7 +44,7 @@ WRONG = [
     ('{"name": "A", "days": 1e999}', "json", "too large"),
     ('{"name": "A", "days": ' + "9" * 5000 + "}", "json", "more than 100 digits"),
     ("[" * 100_000, "json", "deeper than 64 brackets at character 64"),
-    ('{"a":' * 100_000, "json", "deeper than 64 brackets"),
+    ('{"a":' * 30_000, "json", "deeper than 64 brackets"),
     ('"' + '\\"' * 50_000, "json", "not JSON"),
     ("\ud800", "json", "not JSON"),
     ('see\n```json\n{"name": "Anna"}\n```', "json", "not JSON"),
@@ -132,7 +132,7 @@ def test_a_schema_that_cannot_be_had_is_refused(tmp_path, given, message):
         ({"properties": {"a": {"$ref": "https://a.example/x"}}}, "it refers to 'https://a.example/x'; put that under"),
         ({"properties": {"a": {"$ref": "#/$defs/none"}}}, "it refers to '#/\\$defs/none'"),
         ({"$ref": "#"}, "it cannot be used: RecursionError"),
-        ({"properties": {"a": {"pattern": "("}}}, "it cannot be used: error"),
+        ({"properties": {"a": {"pattern": "("}}}, "shape: /properties/a/pattern: .* is not a 'regex'"),
     ],
 )
 def test_a_schema_that_cannot_be_used_is_refused_when_it_is_built(shape, message):

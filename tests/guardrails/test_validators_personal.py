@@ -71,6 +71,68 @@ HITS = [
     ("SSN 536-90-4399", [("us_ssn", "536-90-4399")]),
     ("her social security number: 536904399", [("us_ssn", "536904399")]),
     ("ID number 7503305044089", [("za_id", "7503305044089")]),
+    ("CUIL 20-05536168-2", [("ar_cuil", "20-05536168-2")]),
+    ("SVNR 1237 010180", [("at_svnr", "1237 010180")]),
+    ("ЕГН 8032056031", [("bg_egn", "8032056031")]),
+    ("76.086.428-5", [("cl_rut", "76.086.428-5")]),
+    ("RUT: 12531909-2", [("cl_rut", "12531909-2")]),
+    ("710319/2745", [("cz_rodne_cislo", "710319/2745")]),
+    ("mi cédula es 00113918205", [("do_cedula", "00113918205")]),
+    ("cédula 171430710-3", [("ec_cedula", "171430710-3")]),
+    ("isikukood 36805280109", [("ee_isikukood", "36805280109")]),
+    ("my UTR is 19558 39661", [("gb_utr", "19558 39661")]),
+    ("ΑΜΚΑ: 01013099997", [("gr_amka", "01013099997")]),
+    ("OIB 33392005961", [("hr_oib", "33392005961")]),
+    ("NIK: 3171011708450001", [("id_nik", "3171011708450001")]),
+    ("teudat zehut 3933742-3", [("il_id", "3933742-3")]),
+    ("voter id WKH1186253", [("in_voter_id", "WKH1186253")]),
+    ("kennitala 120174-3399", [("is_kennitala", "120174-3399")]),
+    ("マイナンバー 6214 9832 0257", [("jp_my_number", "6214 9832 0257")]),
+    ("asmens kodas 33309240064", [("lt_asmens_kodas", "33309240064")]),
+    ("personas kods 161175-19997", [("lv_personas_kods", "161175-19997")]),
+    ("MyKad 770305-02-1234", [("my_nric", "770305-02-1234")]),
+    ("RFC GODE 561231 GR8", [("mx_rfc", "GODE 561231 GR8")]),
+    ("IRD number 49-091-850", [("nz_ird", "49-091-850")]),
+    ("34201-0891231-8", [("pk_cnic", "34201-0891231-8")]),
+    ("CNP 1630615123457", [("ro_cnp", "1630615123457")]),
+    ("ИНН 123456789047", [("ru_inn", "123456789047")]),
+    ("S1234567D and G1234567X", [("sg_nric", "S1234567D"), ("sg_nric", "G1234567X")]),
+    ("EMŠO 0101006500006", [("si_emso", "0101006500006")]),
+    ("3-1006-00445-63-5", [("th_id", "3-1006-00445-63-5")]),
+    ("РНОКПП 1759013776", [("ua_rntrc", "1759013776")]),
+    ("Medicare number 1EG4-TE5-MK73", [("us_medicare", "1EG4-TE5-MK73")]),
+    ("my bank account is 12345678", [("bank_account", "12345678")]),
+    ("account number: 000123456789", [("bank_account", "000123456789")]),
+    ("routing number 111000025", [("us_routing", "111000025")]),
+    ("sort code 12-34-56", [("uk_sort_code", "12-34-56")]),
+    ("IMEI 35-209900-176148-1", [("imei", "35-209900-176148-1")]),
+    ("eth0 aa:bb:cc:00:11:22", [("mac_address", "aa:bb:cc:00:11:22")]),
+    ("pay 1BvBMSEYstWetqTFn5Au4m4GFg7xJaNVN2", [("crypto_wallet", "1BvBMSEYstWetqTFn5Au4m4GFg7xJaNVN2")]),
+    (
+        "bc1qar0srrr7xfkvy5l643lydnw9re59gtzzwf5mdq!",
+        [("crypto_wallet", "bc1qar0srrr7xfkvy5l643lydnw9re59gtzzwf5mdq")],
+    ),
+    (
+        "0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed",
+        [("crypto_wallet", "0x5aAeb6053F3E94C9b9A09f33669435E7Ef1BeAed")],
+    ),
+    (
+        "my wallet: 0x5aaeb6053f3e94c9b9a09f33669435e7ef1beaed",
+        [("crypto_wallet", "0x5aaeb6053f3e94c9b9a09f33669435e7ef1beaed")],
+    ),
+    ("Passport no. X1234567", [("passport", "X1234567")]),
+    ("Reisepass: C01X00T47", [("passport", "C01X00T47")]),
+    ("driver's license D1234567", [("driving_licence", "D1234567")]),
+    ("driving licence MORGA657054SM9IJ", [("driving_licence", "MORGA657054SM9IJ")]),
+    ("I live at 221B Baker Street, London", [("street_address", "221B Baker Street")]),
+    (
+        "Ship it to 1600 Amber Hill Rd, Apt 4, Springfield, IL 62704 please",
+        [("street_address", "1600 Amber Hill Rd, Apt 4, Springfield, IL 62704")],
+    ),
+    ("Ich wohne in der Hauptstraße 12a, 10115 Berlin.", [("street_address", "Hauptstraße 12a, 10115 Berlin")]),
+    ("J'habite 12 bis, rue de la Paix", [("street_address", "12 bis, rue de la Paix")]),
+    ("My name is Anna Maria O'Neil and I", [("person_name", "Anna Maria O'Neil")]),
+    ("Ich heiße Jürgen", [("person_name", "Jürgen")]),
 ]
 
 NEAR_MISSES = [
@@ -101,6 +163,28 @@ NEAR_MISSES = [
     "3.14159265358979323846",
     "Room 415-555",
     "1/2/3 4/5/6",
+    "CUIL 20-05536168-3, 76.086.428-6, 710319/2746, S1234567E, 3-1006-00445-63-6",
+    "00113918205 and 171430710-3 and 36805280109 and 33392005961 without a word for them",
+    "oib 33392005962, CNP 1630615123458, ИНН 123456789048, EMŠO 0101006500007, РНОКПП 1759013770",
+    "isikukood 36805280108, asmens kodas 33309240164, AMKA 01013099999, NIK 3171011713450001",
+    "SVNR 2237 010180, EGN 8032056032, IRD 49-091-851, kennitala 450401-3151, MyKad 771305-02-1234",
+    "34201-0891231-X, voter id WKH1186254, Medicare pays 80 % of 1,200 dollars",
+    "On my account there are 12 orders; account 12345678 is not announced as one",
+    "The account number field has 8 digits",
+    "routing number 111000026, the route 111000025",
+    "Sort by code 12-34-56-78",
+    "IMEI 35-209900-176148-2, model 352099001761481",
+    "00:00:00:00:00:00 and 12:34:56",
+    "1BvBMSEYstWetqTFn5Au4m4GFg7xJaNVN3 and bc1qar0srrr7xfkvy5l643lydnw9re59gtzzwf5mdp",
+    "0x5aAeb6053F3E94C9b9A09f33669435E7Ef1Beaed and 0x5aaeb6053f3e94c9b9a09f33669435e7ef1beaed",
+    "Your passport expires in 2031, bring the passport to room 12",
+    "A driving licence costs 43 pounds; licence plate B-AB 1234",
+    "We met at 221B Baker Street. Turn left on Main Street after 3 Miles",
+    "I live at the end of the road and have lived there for 12 years",
+    "My address book has 300 names; live 24 hours a day",
+    "Meine Adresse hat sich 2023 geändert",
+    "my name is on the list, my name is unusual",
+    "Her name is Anna",
 ]
 
 
@@ -129,12 +213,19 @@ async def test_only_the_kinds_asked_for_are_found():
 
 
 def test_addresses_of_machines_are_off_unless_asked_for():
-    assert found("host 192.168.10.255", personal.build(personal.Options())) == []
+    usual = personal.build(personal.Options())
+    assert found("host 192.168.10.255, aa:bb:cc:00:11:22, my name is Anna", usual) == []
 
 
 @pytest.mark.parametrize(("regions", "expected"), [(["US"], []), (["GB"], [("phone", "020 7946 0958")])])
 def test_national_numbers_are_those_of_the_regions(regions, expected):
     assert found("020 7946 0958", personal.build(personal.Options(regions=regions))) == expected
+
+
+def test_regions_may_be_the_european_union():
+    numbers = ["Bel 06 12 34 56 78", "Rufen Sie 030 901820 an"]
+    union = personal.build(personal.Options(kinds=["phone"], regions=["EU"]))
+    assert [found(number, union) for number in numbers] == [[("phone", "06 12 34 56 78")], [("phone", "030 901820")]]
 
 
 def test_an_unknown_region_is_refused_with_what_to_write():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardrails.types import Finding
-from guardrails.vault import Entry, Restorer, Vault, name_of, restore
+from guardrails.vault import Entry, Restorer, Vault, may_be, name_of, restore
 
 VALUES = {
     "[EMAIL_1]": "ann@example.com",
@@ -28,6 +28,17 @@ def stream(pieces: Sequence[str], values: dict[str, str] = VALUES, json: bool = 
 
 def sealed(vault: Vault, text: str, *values: str, label: str = "email") -> str:
     return vault.seal(text, [Finding(label, text.index(value), text.index(value) + len(value)) for value in values])
+
+
+WORDS = ["[EMAIL_1]", "[EMAIL_", "[EMAIL\\_12]", "[email 2", "]", "[", "\\", "(", "1", "_", "EMAIL", "[US", "SSN", "-",
+         "**", " ", "\n", "https://", "//", '"', "<", ">", "x", "é", "💬", "[MATCH_3]", "[US_SSN_1]", "[CARD_1]"]  # fmt: skip
+
+
+@st.composite
+def chunked(draw: st.DrawFn) -> tuple[str, list[str]]:
+    text = "".join(draw(st.lists(st.sampled_from(WORDS), max_size=20)))
+    cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=10)))
+    return text, [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 # --- giving out placeholders
@@ -268,6 +279,33 @@ def test_a_value_is_not_put_into_a_link(link: str) -> None:
     assert restore(f"{link} [EMAIL_1]", VALUES) == f"{link} ann@example.com"
 
 
+@pytest.mark.parametrize(
+    ("told", "said", "agrees"),
+    [
+        ("To ann@example.com.", "To [EMAIL_1].", True),
+        ("ann@example.com, b@x.org", "[EMAIL_1], [Email 2]", True),
+        ("[ann@example.com](mailto:ann@example.com)", r"\[EMAIL\_1\](mailto:[EMAIL_1])", True),
+        ("[EMAIL_1]", "[EMAIL_1]", True),
+        ("Hello", "Hello", True),
+        ("See [1].", "See [1].", True),
+        ("To ann@example.com!", "To [EMAIL_1].", False),
+        ("Too ann@example.com.", "To: [EMAIL_1].", False),
+        ("aba", "ab[X_1]ba", False),
+        ("a.b.c", "a.[X_1].c.[X_2]", False),
+        ("Hello you", "Hello", False),
+        ("", "", True),
+    ],
+)
+def test_what_was_told_is_recognised_in_what_was_said(told: str, said: str, agrees: bool) -> None:
+    assert may_be(told, said) is agrees
+
+
+@settings(max_examples=300, deadline=None)
+@given(chunked())
+def test_what_a_restorer_tells_is_recognised(case: tuple[str, list[str]]) -> None:
+    assert may_be(restore(case[0], VALUES), case[0])
+
+
 def test_in_json_a_value_is_escaped_and_a_link_ends_at_its_quote() -> None:
     text = r'{"url":"https://a.b/[EMAIL_1]","to":"[EMAIL\\_1]","all":["[EMAIL_2]","\n[MATCH_3]"]}'
     assert json.loads(restore(text, VALUES, json=True)) == {
@@ -300,17 +338,6 @@ def test_a_long_text_without_end_is_read_in_time() -> None:
     ):
         assert len(restore(text, VALUES)) >= len(text)
         Vault().reserve([text, "[a" + " a" * 300_000])
-
-
-WORDS = ["[EMAIL_1]", "[EMAIL_", "[EMAIL\\_12]", "[email 2", "]", "[", "\\", "(", "1", "_", "EMAIL", "[US", "SSN", "-", "**",
-         " ", "\n", "https://", "//", '"', "<", ">", "x", "é", "💬", "[MATCH_3]", "[US_SSN_1]", "[CARD_1]"]  # fmt: skip
-
-
-@st.composite
-def chunked(draw: st.DrawFn) -> tuple[str, list[str]]:
-    text = "".join(draw(st.lists(st.sampled_from(WORDS), max_size=20)))
-    cuts = sorted(draw(st.lists(st.integers(0, len(text)), max_size=10)))
-    return text, [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
 @settings(max_examples=1000, deadline=None)

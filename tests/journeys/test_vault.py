@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from app.export import export
 from app.logs import SOURCES, JsonFormatter
 from app.records import Tenant
 from app.settings import VaultSettings
@@ -310,6 +312,23 @@ async def test_what_is_forgotten_is_not_restored(sealed: Gateway, upstream: Fake
     owner = sealed.service.pseudonym("default", "ann")
     assert await sealed.service.store.forget_values("default", "dana", owner=owner) == 1
     assert await told(sealed, "Repeat", headers=THREAD, **PERSON) == "[EMAIL_1]"
+
+
+@pytest.mark.parametrize("who", [PERSON, {}])
+async def test_a_correction_that_quotes_a_value_is_kept_and_learnt_with_its_placeholder(
+    sealed: Gateway, upstream: FakeUpstream, who: dict[str, str], tmp_path: Path
+) -> None:
+    upstream.script = Script(["I will not write to [EMAIL_1]."])
+    reply = await sealed.ask(f"Write to {ANN}", **who)
+    body = {"target": reply.id, "correction": f"I will write to {ANN} at once."}
+    assert (await sealed.json("POST", "/v1/feedback", json=body))[0] == 200
+    (kept,) = await sealed.service.store.feedback(reply.id, "default")
+    assert kept.text == "I will write to [EMAIL_1] at once."
+    assert not _holders(sealed.service.settings.home, ANN)
+    await export(sealed.service.store, tmp_path / "out", None, None, "dana")
+    (pair,) = [json.loads(line) for line in (tmp_path / "out" / "pairs.jsonl").read_text().splitlines()]
+    texts = [message["content"] for key in ("prompt", "chosen", "rejected") for message in pair[key]]
+    assert texts == ["Write to [EMAIL_1]", kept.text, "I will not write to [EMAIL_1]."]
 
 
 async def test_a_policy_without_a_vault_does_not_open_one(

@@ -101,7 +101,7 @@ class Suite(Strict):
     @model_validator(mode="before")
     @classmethod
     def _named(cls, data: dict[str, dict[str, dict[str, object]]]) -> dict[str, object]:
-        return data | {"rules": {name: rule | {"name": name} for name, rule in data["rules"].items()}}
+        return {**data, "rules": {name: rule | {"name": name} for name, rule in data["rules"].items()}}
 
     @model_validator(mode="after")
     def _known(self) -> Suite:

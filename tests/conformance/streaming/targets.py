@@ -47,7 +47,11 @@ class Target(Protocol):
     next, so that what is held back can be counted.
     """
 
-    name: str
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        ...
+
     channels: frozenset[Channel]
     exact: bool
     live: bool

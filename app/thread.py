@@ -1,0 +1,93 @@
+"""The conversation that a turn continues: what this service knows of it, whatever the client says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from app.records import Ticket, Turn, new_id
+from app.service import Service
+from app.store import StoreDown
+from guardrails.types import Message
+
+REMEMBERED = 50
+"""Turns of a conversation, the newest ones, that stand for its history."""
+SYSTEM = ("system", "developer")
+
+
+@dataclass(frozen=True, slots=True)
+class Thread:
+    """What is known of the conversation that a turn continues.
+
+    messages: the conversation that is judged and answered. trusted: how many leading ones this service has judged and
+    said before. news: people's answers that were not said yet. named: the client says which conversation it is; one
+    that does not may resend the words of another, so a ticket is its own only when its history holds the ticket's
+    number. forged: the client put words into the assistant's mouth that this service never said.
+    """
+
+    messages: tuple[Message, ...]
+    trusted: int
+    named: bool
+    heard: str
+    news: tuple[Ticket, ...] = ()
+    forged: bool = False
+
+    def owns(self, ticket: Ticket) -> bool:
+        """True when this client may hear of the ticket."""
+        return self.named or ticket.id in self.heard
+
+    @property
+    def greeting(self) -> str:
+        """What people answered since the last turn, as the client is told."""
+        told = (f"A person from {one.queue} has answered your question ({one.id}):\n{one.answer}" for one in self.news)
+        return "\n\n".join(told)
+
+
+async def recall(service: Service, turn: Turn, messages: tuple[Message, ...]) -> Thread:
+    """The thread of this turn; gives the turn its conversation.
+
+    A history is known by the fingerprint that its last turn left, which also tells the conversation of a client that
+    names none. One that is not known, of a conversation that the client names and this service has on record, is
+    replaced by that record. While the database is down nothing is recognised, and everything is judged anew.
+    """
+    named = bool(turn.conversation)
+    replies = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    heard = "\n".join(messages[place].content for place in replies)
+    thread, news = Thread(messages, 0, named, heard), list[Ticket]()
+    try:
+        if replies:
+            known = messages[: replies[-1] + 1]
+            turn.head_hash = service.fingerprint(turn.tenant, turn.subject, known)
+            if conversation := await service.store.conversation_after(turn.tenant, turn.head_hash):
+                thread = replace(thread, trusted=len(known))
+                turn.conversation = turn.conversation or conversation
+        if named and not thread.trusted:
+            thread = _on_record(thread, await _said_before(service, turn))
+        if turn.conversation:
+            news = await service.store.undelivered_answers(turn.tenant, turn.conversation)
+    except StoreDown:
+        service.metrics.store_errors.inc()
+    turn.conversation = turn.conversation or new_id("conv_")
+    return replace(thread, news=tuple(ticket for ticket in news if thread.owns(ticket)))
+
+
+async def _said_before(service: Service, turn: Turn) -> list[Message]:
+    """What this person asked in the conversation, and was told, as it is on record."""
+    before = await service.store.turns(turn.conversation, turn.tenant)
+    ended = [one for one in before if one.subject == turn.subject and one.ended and one.said and not one.error]
+    out: list[Message] = []
+    for one in ended[-REMEMBERED:]:
+        out += (Message("user", one.asked), Message("assistant", one.said))
+    return out
+
+
+def _on_record(thread: Thread, said: Sequence[Message]) -> Thread:
+    """The thread with the record in place of the history that the client sent; its system messages are kept."""
+    if not said:
+        return thread
+    replies = [place for place, message in enumerate(thread.messages) if message.role == "assistant"]
+    new = thread.messages[replies[-1] + 1 :] if replies else thread.messages
+    told = [message for message in thread.messages[: len(thread.messages) - len(new)] if message.role in SYSTEM]
+    own = {message.content.strip() for message in said if message.role == "assistant"}
+    forged = any(thread.messages[place].content.strip() not in own for place in replies)
+    return replace(thread, messages=(*said, *told, *new), trusted=len(said), forged=forged)

@@ -25,6 +25,8 @@ from guardrails.encoder import SIZE, Windows
 from guardrails.heads import SHIPPED, Head, HeadError, grams, read, sigmoid, write
 
 Numbers = NDArray[np.float64]
+Parts = Mapping[str, Sequence[str]]
+"""Harmless texts by the name of their kind."""
 
 FEEDBACK = 15.0
 """How much a person's word on one turn counts, in rows."""
@@ -88,7 +90,7 @@ class Measured:
     extra: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
 
-class Rejected(Exception):
+class Rejected(ValueError):
     """A new head that is worse than the one in use; the message says on what."""
 
 
@@ -325,7 +327,7 @@ def benign_set(path: Path = SHIPPED / "benign.txt") -> dict[str, list[str]]:
     return parts
 
 
-def on_benign(head: Head, parts: Mapping[str, Sequence[str]], embeddings: Embeddings) -> dict[str, tuple[float, float]]:
+def on_benign(head: Head, parts: Parts, embeddings: Embeddings) -> dict[str, tuple[float, float]]:
     """Which share of each part is hit, at the two thresholds."""
     found = {}
     for name, texts in parts.items():
@@ -334,8 +336,8 @@ def on_benign(head: Head, parts: Mapping[str, Sequence[str]], embeddings: Embedd
     return found
 
 
-def evaluate(head: Head, rows: Sequence[Row], embeddings: Embeddings, report: Report = print) -> Measured:
-    """What a head does with rows, by source, and with the fixed benign set."""
+def evaluate(head: Head, rows: Sequence[Row], embeddings: Embeddings, parts: Parts, report: Report = print) -> Measured:
+    """What a head does with rows, by source, and with the parts of the benign set."""
     windows = embeddings.of([row.text for row in rows], report)
     scores = np.array([head.score(row.text, one) for row, one in zip(rows, windows, strict=True)])
     finds = np.array([row.label != BENIGN for row in rows], bool)
@@ -350,7 +352,9 @@ def evaluate(head: Head, rows: Sequence[Row], embeddings: Embeddings, report: Re
 # --- training
 
 
-def train(recipe: Recipe, rows: Sequence[Row], embeddings: Embeddings, report: Report = print) -> Measured:
+def train(
+    recipe: Recipe, rows: Sequence[Row], embeddings: Embeddings, parts: Parts, report: Report = print
+) -> Measured:
     """A head from nothing, measured on held-out sources. Raises ValueError where there is nothing to tell apart."""
     finds = sum(row.label != BENIGN for row in rows)
     if finds < 20 or len(rows) - finds < 20:
@@ -367,9 +371,9 @@ def train(recipe: Recipe, rows: Sequence[Row], embeddings: Embeddings, report: R
     sorts, sorts_bias = _sorts(data, recipe.labels)
     head = replace(head, sorts=sorts, sorts_bias=sorts_bias, about=_about(recipe, rows))
     scores = head.scores(sigmoid(logits))
-    parts = on_benign(head, benign_set(), embeddings)
-    extra = _carried(data, head)
-    return Measured(head, auroc(logits[data.finds], logits[harmless]), tuple(rates(scores, rows)), parts, extra)
+    hit = on_benign(head, parts, embeddings)
+    area = auroc(logits[data.finds], logits[harmless])
+    return Measured(head, area, tuple(rates(scores, rows)), hit, _carried(data, head))
 
 
 def _head(recipe: Recipe, fitted: Fit, slope: float, shift: float, edges: tuple[float, float]) -> Head:
@@ -471,12 +475,14 @@ def _unpacked(packed: NDArray[np.float16]) -> Numbers:
     return np.asarray(full + np.triu(full, 1).T)
 
 
-def adapt(path: Path, rows: Sequence[Row], embeddings: Embeddings, report: Report = print) -> tuple[Measured, Measured]:
+def adapt(
+    path: Path, rows: Sequence[Row], embeddings: Embeddings, parts: Parts, report: Report = print
+) -> tuple[Measured, Measured]:
     """(the head as it was, adapted), both measured on these rows.
 
     The new weights are the likeliest given the rows and the data that the head was trained on, which stands in the
-    loss as its curvature. The thresholds move as far as the harmless texts of the pool do, and up to where at most a
-    tenth of the harmless rows is hit. Raises HeadError for a head that carries nothing along.
+    loss as its curvature. The thresholds move as far as the harmless texts of the pool do. Raises HeadError for a head
+    that carries nothing along.
     """
     head, carried = read(path), _read_carried(path)
     data = table(rows, embeddings.of([row.text for row in rows], report), head.bits)
@@ -489,8 +495,10 @@ def adapt(path: Path, rows: Sequence[Row], embeddings: Embeddings, report: Repor
     about = dict(head.about) | {"adapted": int(head.about.get("adapted", 0)) + len(rows)}
     moved = replace(moved, escalate=float(escalate), block=float(block), about=about)
     extra = dict(carried) | {"curvature": _packed(bend)}
-    return _compared(head, rows, embeddings, before, carried), replace(
-        _compared(moved, rows, embeddings, after, carried), extra=extra
+    old, new = (evaluate(one, rows, embeddings, parts, lambda _: None) for one in (head, moved))
+    return (
+        replace(old, auroc=auroc(before[~harmless], before[harmless])),
+        replace(new, auroc=auroc(after[~harmless], after[harmless]), extra=extra),
     )
 
 
@@ -529,14 +537,6 @@ def _moved(head: Head, carried: Mapping[str, NDArray[Any]], data: Table) -> tupl
         if float(np.abs(step).max()) < 1e-6:
             break
     return replace(head, weights=line[:-1], bias=float(line[-1])), bend
-
-
-def _compared(
-    head: Head, rows: Sequence[Row], embeddings: Embeddings, pool: Numbers, carried: Mapping[str, NDArray[Any]]
-) -> Measured:
-    measured = evaluate(head, rows, embeddings, lambda _: None)
-    finds = carried["pool_finds"]
-    return replace(measured, auroc=auroc(pool[finds], pool[~finds]))
 
 
 def feedback(ratings: Iterable[Rating], head: str) -> list[Row]:

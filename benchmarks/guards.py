@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
-from guardrails import load
-from guardrails.conversation import judge_messages
-from guardrails.engine import Guard
-from guardrails.types import Context, Message, Policy
+# guardrails.py beside this file has the name of the package: it is not what is meant here.
+sys.path[:] = [place for place in sys.path if Path(place).resolve() != Path(__file__).resolve().parent]
+
+from guardrails import load  # noqa: E402
+from guardrails.conversation import judge_messages  # noqa: E402
+from guardrails.engine import Guard  # noqa: E402
+from guardrails.types import Context, Message, Policy  # noqa: E402
 
 REPLY = (
     "To ask for a raise, write down what you have done in the last year and what it was worth to the team. "

@@ -17,7 +17,21 @@ from pydantic import BaseModel
 from guardrails.types import Validator
 
 GROUP = "newel.validators"
-BUILT_IN = ("grader", "guard_model", "injection", "language", "length", "patterns", "personal", "secrets", "topics")
+BUILT_IN = (
+    "grader",
+    "guard_model",
+    "harm",
+    "injection",
+    "injection_model",
+    "language",
+    "length",
+    "patterns",
+    "personal",
+    "refusal",
+    "scope",
+    "secrets",
+    "topics",
+)
 
 
 class CatalogError(ValueError):

@@ -98,7 +98,7 @@ class Guard:
         self._held = any(reader.enforced for reader in self._whole)
         self._views = Views()
         self._viewed = any(reader.rule.views for reader in self._streaming)
-        self._text = ""
+        self._text, self._half = "", ""
         self._cursor = 0
         self._kept: list[str] = []
         self._redactions: list[Redaction] = []
@@ -120,8 +120,15 @@ class Guard:
         """What may be released now that `delta` has come; `stopped` is true when nothing more ever will be."""
         if self.stopped:
             return ""
-        self._text += delta
+        self._text += delta if delta.isascii() and not self._half else self._mended(delta)
         return self._advance(final=False)
+
+    def _mended(self, delta: str) -> str:
+        """The new text with both halves of a character that came apart (UTF-16) as one; a first half waits."""
+        delta = self._half + delta
+        self._half = delta[-1] if "\ud800" <= delta[-1:] <= "\udbff" else ""
+        whole = delta[: len(delta) - len(self._half)]
+        return whole.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
     async def ask(self, final: bool = False) -> str:
         """What may be released now that the rules that read sentences have been asked about the complete ones."""
@@ -133,6 +140,7 @@ class Guard:
 
     async def finish(self) -> tuple[str, Verdict]:
         """(the last piece of the text itself, the verdict): the text ends here."""
+        self._text, self._half = self._text + self._half, ""
         piece = "" if self.stopped else self._advance(final=True)
         if self._sentences and not self.stopped:
             piece += await self.ask(final=True)

@@ -14,7 +14,7 @@ import regex
 from guardrails import syntax
 from guardrails.syntax import Chars, Choice, Node, Repeat, Row
 
-LENGTH, PARTS = 4_000, 20_000
+LENGTH, PARTS = 20_000, 50_000
 """How many characters a pattern may have, and how many parts once its counted repeats are written out."""
 TEXT = 2_000
 """Characters of a hostile text."""

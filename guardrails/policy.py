@@ -49,6 +49,9 @@ PART = re.compile(r"(?<!\\)(?<!\\[pPN])\{([a-z_]{2,})\}")
 LONGEST_FILE, LONGEST_PATTERN, LONGEST_EXAMPLE = 1_000_000, 100_000, 1_000_000
 """Characters of a file, of a pattern with its parts filled in, of an example with its repeats."""
 
+LONGEST_KEY = 50
+"""Parts of a dotted key."""
+
 MOST_MISTAKES = 20
 """How many mistakes of one table are told at most."""
 
@@ -400,6 +403,8 @@ def _parsed(layer: _Layer) -> bool:
         layer.source.encode()
         if len(layer.source) > LONGEST_FILE:
             what, advice = f"the file has more than {LONGEST_FILE:,} characters", "divide it: extend another policy"
+        elif lines.longest_key(layer.source) > LONGEST_KEY:
+            what, advice = f"a key has more than {LONGEST_KEY} parts", "write tables less nested"
         else:
             layer.top = tomllib.loads(layer.source)
             layer.places = lines.lines(layer.source)
@@ -507,7 +512,9 @@ def _read_rule(
         _built_rule(_RuleRead(name, stage, spot, own, age))  # for its other mistakes
         return before
     if before is None:
-        near = difflib.get_close_matches(name[:100], list(rules), 1) if "validator" not in raw else []
+        parents = [other for other, rule in rules.items() if rule.age < age] if age else []
+        guess = "validator" not in raw and len(layer.problems) < MOST_MISTAKES
+        near = difflib.get_close_matches(name[:100], parents, 1) if guess else []
         if near:
             what = f"rule {name!r} has no 'validator', and no policy that is extended has a rule of this name"
             spot.wrong(("name",), what, f"did you mean {near[0]!r}?")
@@ -607,8 +614,8 @@ def _built(spot: _Spot, whose: str, raw: Mapping[str, Any], own: Sequence[str]) 
     if model is None:
         return None
     given = {key: raw[key] for key in raw if key not in own}
-    unknown = [key for key in given if key not in model.model_fields]
-    for key in unknown[:MOST_MISTAKES]:
+    unknown = {key: True for key in given if key not in model.model_fields}
+    for key in list(unknown)[:MOST_MISTAKES]:
         spot.wrong((key,), f"{whose} has an unknown key {key!r}", _offer(key, [*own, *model.model_fields]))
     options = spot.read(model, {key: given[key] for key in given if key not in unknown}, whose)
     if options is None:

@@ -36,5 +36,6 @@ def build(options: Options) -> Spans:
             if wrong := complaint(pattern, flags):
                 raise PatternError(wrong)
         except (regex.error, PatternError) as error:
-            raise PatternError(f"patterns: number {number}, {pattern!r}: {error}") from None
+            shown = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."
+            raise PatternError(f"patterns: number {number}, {shown!r}: {error}") from None
     return Spans(spans)

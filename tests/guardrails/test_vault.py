@@ -30,8 +30,8 @@ def sealed(vault: Vault, text: str, *values: str, label: str = "email") -> str:
     return vault.seal(text, [Finding(label, text.index(value), text.index(value) + len(value)) for value in values])
 
 
-WORDS = ["[EMAIL_1]", "[EMAIL_", "[EMAIL\\_12]", "[email 2", "]", "[", "\\", "(", "1", "_", "EMAIL", "[US", "SSN", "-",
-         "**", " ", "\n", "https://", "//", '"', "<", ">", "x", "é", "💬", "[MATCH_3]", "[US_SSN_1]", "[CARD_1]"]  # fmt: skip
+WORDS = ["[EMAIL_1]", "[EMAIL_", "[EMAIL\\_12]", "[email 2", "]", "[", "\\", "(", "1", "_", "EMAIL", "[US", "SSN", "-"]
+WORDS += ["**", " ", "\n", "https://", "//", '"', "<", ">", "x", "é", "💬", "[MATCH_3]", "[US_SSN_1]", "[CARD_1]"]
 
 
 @st.composite

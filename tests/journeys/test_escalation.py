@@ -272,8 +272,8 @@ async def test_a_question_that_could_not_be_read_is_not_trusted_in_the_next_turn
             raise TimeoutError
 
         patch.setattr("guardrails.spans.Spans.find", slow)
-        broken = await gateway.ask("What is the salary of Jane?")
+        broken = await gateway.ask("What is the salary of Marlene?")
     assert said_in(broken) == BROKEN_REPLY and upstream.requests == []
     assert gateway.metric("newel_rule_broken_total", policy="office", rule="salary", action="refuse") == 1
-    assert said_in(await gateway.ask("What is the salary of Jane?", said_in(broken), "Go on.")) == "Hello there."
+    assert said_in(await gateway.ask("What is the salary of Marlene?", said_in(broken), "Go on.")) == "Hello there."
     assert "Jane" not in str(upstream.seen[-1].body)

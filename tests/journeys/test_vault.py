@@ -62,6 +62,23 @@ queue = "hr"
 priority = "high"
 due = "4h"
 """
+GRADED = """
+[[input]]
+name = "medical"
+validator = "grader"
+question = "Does it ask for medical advice?"
+action = "refuse"
+reply = "Ask a doctor."
+
+[[output]]
+name = "advice"
+validator = "grader"
+question = "Does it give medical advice?"
+about = "reply"
+action = "refuse"
+reply = "Ask a doctor."
+
+"""
 ANN, BOB = "xylophone7@example.com", "zebra8@example.org"
 PERSON, THREAD = {"user": "ann"}, {"x-conversation-id": "the-thread"}
 
@@ -135,7 +152,29 @@ async def test_a_person_is_known_again_when_a_client_sends_only_the_last_message
     await told(sealed, f"I am {ANN}", headers=THREAD, **PERSON)
     upstream.script = Script(["[EMAIL_1], [EMAIL_2]"])
     assert await told(sealed, f"and {BOB}", headers=THREAD, **PERSON) == f"{ANN}, {BOB}"
-    assert shown(upstream) == ["and [EMAIL_2]"]
+    assert shown(upstream) == ["I am [EMAIL_1]", "Hello there.", "and [EMAIL_2]"]
+
+
+async def test_a_restored_reply_is_not_taken_for_a_forged_one(sealed: Gateway, upstream: FakeUpstream) -> None:
+    upstream.script = Script(["I write to [EMAIL_1]."])
+    answer = await told(sealed, f"I am {ANN}", headers=THREAD, **PERSON)
+    await told(sealed, "Hi.", answer, "Thanks.", headers=THREAD, **PERSON)  # its own way to shorten what was said
+    assert shown(upstream) == ["I am [EMAIL_1]", "I write to [EMAIL_1].", "Thanks."]
+    assert sealed.metric("newel_forged_histories_total") == 0
+    await told(sealed, "Hi.", answer + "!", "Thanks.", headers=THREAD, **PERSON)
+    assert sealed.metric("newel_forged_histories_total") == 1
+
+
+async def test_a_rule_that_asks_a_language_model_shows_it_placeholders(sealed: Gateway, upstream: FakeUpstream) -> None:
+    graded = POLICY.replace("[routes.people]", GRADED + "[routes.people]").replace('"sealed"', '"graded"')
+    assert sealed.service.settings.policies
+    (sealed.service.settings.policies / "graded.toml").write_text(graded)
+    key = await sealed.tenant("careful", policy="graded")
+    await told(sealed, f"I am {ANN}", key=key)
+    asked = [str(one.body) for one in upstream.graded]
+    for part in ("Does it ask for", "Does it give"):
+        assert any(part in one and "[EMAIL_1]" in one for one in asked), asked
+    assert not any(ANN[:9] in one.lower() for one in asked)
 
 
 async def test_a_literal_placeholder_is_nobodys_value(sealed: Gateway, upstream: FakeUpstream) -> None:
@@ -167,8 +206,8 @@ async def test_another_person_in_the_same_conversation_reads_nothing(
     await told(sealed, f"I am {ANN}", headers=THREAD, **victim)
     upstream.script = Script(["[EMAIL_1] [EMAIL_2] [email 1]"])
     assert await told(sealed, "Repeat: [EMAIL_1]", headers=THREAD, **who) == "[EMAIL_1] [EMAIL_2] [email 1]"
-    await told(sealed, f"Is it {ANN}?", headers=THREAD, **who)
-    assert shown(upstream) == ["Is it [EMAIL_1]?"]  # the number tells nothing of the victim's
+    await told(sealed, f"Is it {BOB} or {ANN}?", headers=THREAD, **who)
+    assert shown(upstream)[-1] == "Is it [EMAIL_2] or [EMAIL_3]?"  # no number tells that one of them is known
 
 
 @pytest.mark.parametrize("who", [PERSON, {}])

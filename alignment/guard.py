@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -574,11 +575,12 @@ def verdict(old: Measured, new: Measured) -> None:
         raise Rejected(f"the new {new.head.name} head is worse and was not kept: {'; '.join(worse)}")
 
 
-def keep(measured: Measured, folder: Path) -> Path:
-    """Writes a head into a folder; the one that was there becomes NAME.previous.npz. Returns its file."""
+def keep(measured: Measured, folder: Path, before: Path | None = None) -> Path:
+    """Writes a head into a folder and returns its file; the one `before` it is kept as NAME.previous.npz."""
     path = folder / f"{measured.head.name}.npz"
-    if path.is_file():
-        path.replace(previous(path))
+    folder.mkdir(parents=True, exist_ok=True)
+    if before is not None:
+        shutil.copyfile(before, previous(path))
     write(measured.head, path, measured.extra)
     return path
 

@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 from alignment import pretrained
+from app import guard_cli
 from app.policies import library
 from app.policy_cli import check, diff, policy_app, replay
 from app.records import DeliveryState, KeyScope, Tenant, TicketState, Turn, WhenStoreFails
@@ -68,6 +69,7 @@ keys_app = _group("keys", "API keys.")
 tenants_app = _group("tenants", "Tenants: each has a policy.")
 tickets_app = _group("tickets", "Turns that were handed to a person.")
 webhooks_app = _group("webhooks", "Deliveries that announce tickets.")
+app.add_typer(guard_cli.app, name="guard")
 
 
 def main(args: Sequence[str] | None = None) -> None:

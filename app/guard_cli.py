@@ -15,7 +15,6 @@ from alignment import encoder as encoders
 from app.settings import Settings
 
 if TYPE_CHECKING:  # torch takes seconds
-    from alignment.corpora import Row
     from alignment.embeddings import Embeddings
     from alignment.guard import Measured
 
@@ -60,14 +59,14 @@ def train(
     With --corpora or --scratch from nothing; otherwise the head in use is adapted to the files and the feedback.
     """
     from alignment import corpora as sets
-    from alignment import guard
+    from alignment import guard, records
 
     folder, parts = _folder(out), _parts(benign)
     recipe, memory = guard.RECIPES.get(name), _embeddings()
     if recipe is None:
         raise typer.BadParameter(f"there is no head {name}; there are: {', '.join(guard.RECIPES)}")
     rows = [row for file in files or [] for row in sets.read(file)]
-    rows += [row for file in feedback or [] for row in guard.feedback(_ratings(file), name)]
+    rows += [row for file in feedback or [] for row in guard.feedback(records.read(file, records.Rating), name)]
     if not rows and corpora is None:
         raise typer.BadParameter("name files, --feedback or --corpora to learn from")
     shelf = sets.Shelf(corpora, wheel) if corpora else None
@@ -91,7 +90,7 @@ def train(
         _show("after", new)
         guard.verdict(old, new)
     path = guard.keep(new, folder, before)
-    print(f"{path}\nused where NEWEL_HEADS={folder} is set, or a rule says head = \"{path}\"")
+    print(f'{path}\nused where NEWEL_HEADS={folder} is set, or a rule says head = "{path}"')
 
 
 @app.command()
@@ -157,12 +156,6 @@ def _parts(files: Sequence[Path] | None) -> dict[str, list[str]]:
     for file in files or []:
         parts |= guard.benign_set(file)
     return parts
-
-
-def _ratings(file: Path) -> Sequence[Row]:
-    from alignment import records
-
-    return records.read(file, records.Rating)
 
 
 def _show(title: str, measured: Measured) -> None:

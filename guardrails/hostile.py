@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import regex
 
@@ -22,12 +23,15 @@ SECONDS = 0.25
 """CPU time that one search through such a text may take: more than n squared steps need, less than n cubed."""
 PATIENCE = 0.5
 """CPU time of the whole process after which a search is given up: `regex` counts that of the other threads, too."""
+BUDGET = 0.1
+"""CPU time for all searches with a pattern that is not slow."""
 MANY = 8
 """How often a part must be able to come before it counts as repeated."""
 LIKES = ("a1 .-@/", "1a-", " \n", "-._@", "A")
 """Which characters to write for a class, in this order, where it has them."""
 
 
+@lru_cache(4096)
 def complaint(pattern: str, flags: str = "") -> str:
     """What is wrong with a pattern that `regex` compiles, and what to write instead; empty where nothing is."""
     if len(pattern) > LENGTH:
@@ -39,17 +43,26 @@ def complaint(pattern: str, flags: str = "") -> str:
     if (parts := _size(tree)) > PARTS:
         return f"its counted repeats stand for {parts} parts, {PARTS} are allowed: lower the numbers in braces"
     compiled = regex.compile(f"(?{flags}:{pattern})(?s:.)(?!)", regex.MULTILINE)
-    done: set[str] = set()
+    left = BUDGET
     for repeat, text in _texts(tree):
-        if text not in done and (spent := _spent(compiled, text)) > SECONDS:
-            part = pattern[repeat.start : repeat.end] if repeat else pattern
-            return (
-                f"{part!r} at character {repeat.start if repeat else 0} takes {spent * 1000:.0f} ms or more on {TEXT:,}"
-                " hostile characters: bound it ({1,40} for +, {0,40} for *), make it possessive ({1,40}+), or let what"
-                " is repeated begin with a sign that it does not contain"
-            )
-        done.add(text)
+        spent = _spent(compiled, text)
+        if spent > SECONDS:
+            return _slow(pattern, repeat, spent)
+        left -= spent
+        if left < 0:
+            break
     return ""
+
+
+def _slow(pattern: str, repeat: Repeat | None, spent: float) -> str:
+    """The complaint about a pattern, or about one repeat in it."""
+    start, end = (repeat.start, repeat.end) if repeat else (0, len(pattern))
+    part = pattern[start:end] if end - start <= 80 else f"{pattern[start : start + 77]}..."
+    return (
+        f"{part!r} at character {start} takes {spent * 1000:.0f} ms or more on {TEXT:,} hostile characters: bound it"
+        " ({1,40} for +, {0,40} for *), make it possessive ({1,40}+), or let what is repeated begin with a sign that"
+        " it does not contain"
+    )
 
 
 def _spent(compiled: regex.Pattern[str], text: str) -> float:
@@ -72,13 +85,19 @@ def _size(node: Node) -> int:
 
 
 def _texts(tree: Node) -> Iterator[tuple[Repeat | None, str]]:
-    """Hostile texts, each with the repeat that it is meant for, the outer ones first."""
-    for likes in LIKES:
-        whole = _example(tree, likes)  # behind what fails, so that nothing that the pattern needs is missing
-        for repeat, before in _repeats(tree, "", likes):
-            for unit in _units(repeat.part, likes):
-                for end in ("\0" + whole, "") if unit else ():
-                    yield repeat, before + unit * (TEXT // len(unit)) + end
+    """Hostile texts, each with the repeat that it is meant for: first those for what has no bound or repeats repeats,
+    the outer ones first."""
+    done: set[str] = set()
+    for risky in (True, False):
+        for likes in LIKES:
+            whole = _example(tree, likes)  # behind what fails, so that nothing that the pattern needs is missing
+            for repeat, before in _repeats(tree, "", likes):
+                if risky == (repeat.most is None or not isinstance(repeat.part, Chars)):
+                    units = [unit for unit in _units(repeat.part, likes) if unit]
+                    texts = {before + unit * (TEXT // len(unit)): None for unit in units if len(before) < TEXT}
+                    for text in texts.keys() - done:
+                        done.add(text)
+                        yield from ((repeat, text + end) for end in ("\0" + whole, ""))
     for sign in "a1 -":
         yield None, sign * TEXT
 
@@ -108,8 +127,7 @@ def _units(node: Node, likes: str) -> Sequence[str]:
 def _example(node: Node, likes: str) -> str:
     """A text that the node matches."""
     if isinstance(node, Chars):
-        liked = [sign for sign in likes if node.has(sign)]
-        return liked[0] if liked else next((sign for sign in syntax.ASCII[32:] + "\n" if node.has(sign)), "é")
+        return _sign(node, likes)
     if isinstance(node, Row):
         return "".join(_example(part, likes) for part in node.parts)
     if isinstance(node, Choice):
@@ -117,3 +135,9 @@ def _example(node: Node, likes: str) -> str:
     if isinstance(node, Repeat):
         return _example(node.part, likes) * max(min(node.least, 64), 1 if node.most is None else 0)
     return ""
+
+
+@lru_cache(4096)
+def _sign(chars: Chars, likes: str) -> str:
+    """A character that may be there, if possible one of `likes`."""
+    return next((sign for sign in likes + syntax.ASCII[32:] + "\n" if chars.has(sign)), "é")

@@ -110,6 +110,7 @@ def _repeat(node: Repeat, left: bool, right: bool) -> bytes:
     return inner * copies if exact or not inner else inner * copies + inner + b"*"
 
 
+@lru_cache(4096)
 def _set(chars: Chars) -> bytes:
     """A class of bytes."""
     mask = chars.mask | (1 << ord("?") if chars.wide else 0)

@@ -166,7 +166,7 @@ def test_a_doubt_below_the_support_is_refused():
 
 
 async def test_long_texts_with_many_findings_are_read_whole():
-    assert len(await found("It costs 77 euros today. " * 50_000)) == 50_000
+    assert len(await found("It costs 77 euros today. " * 5_000)) == 5_000
 
 
 def test_it_needs_the_conversation_and_so_the_whole_text():

@@ -35,11 +35,16 @@ async def main() -> bool:
     parser.add_argument("--port", type=int, default=9009, help="where the model is played (9009)")
     parser.add_argument("--rules", default="", help="only cases whose rules are all among these: falcon,email")
     parser.add_argument("--channels", default="content", help="content,reasoning,arguments (content)")
+    parser.add_argument("--plain", action="store_true", help="leave out the disguised cases")
     parser.add_argument("--own-words", action="store_true", help="it says other replies than the rules: compare leaks")
     parser.add_argument("--quick", action="store_true", help="a tenth of the ways to cut a text")
     asked = parser.parse_args()
     suite, channels, rules = load(), asked.channels.split(","), set(filter(None, asked.rules.split(",")))
-    cases = [case for case in suite.case if case.channel in channels and (not rules or rules >= set(case.rules))]
+    cases = [
+        case
+        for case in suite.case
+        if case.channel in channels and (not rules or rules >= set(case.rules)) and not (asked.plain and case.disguised)
+    ]
     if asked.target == "newel":
         return await measure(Newel(), suite, cases, asked.quick)
     async with FakeUpstream(port=asked.port) as upstream:

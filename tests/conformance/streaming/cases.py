@@ -73,6 +73,7 @@ class Case(Strict):
     never: tuple[str, ...] = ()
     around: tuple[str, ...] = ()
     hold: int | None = None
+    disguised: bool = False
 
     @model_validator(mode="after")
     def _places(self) -> Case:

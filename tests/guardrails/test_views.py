@@ -1,0 +1,184 @@
+"""Views: one plain rule sees a phrase in its disguises, and what it finds is cut out of the original, exactly."""
+
+from __future__ import annotations
+
+import base64
+
+import pytest
+import regex
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from guardrails.engine import judge
+from guardrails.spans import Span, Spans
+from guardrails.types import BROKEN_REPLY, Action, Rule
+from guardrails.views import MOST, View, Views
+from tests.conformance.disguises import DISGUISES, FRAME, HONEST, MORE, PATTERN, PHRASE, framed
+
+ALL = {**DISGUISES, **MORE}
+RULE = Rule("falcon", Spans([Span("falcon", f"(?i:{PATTERN})")]), Action.REDACT, placeholder="[X]")
+PIECES = (
+    *(disguise(PHRASE) for disguise in ALL.values()),
+    *HONEST.values(),
+    *' ,  ,\n,.,-,_,\',",",4,1!,a b,s a l,%20,&amp;,\\x41,<b>,</b>,é,e\u0301,\u200b,🙂,\ufe0f,==,7072,QUJD'.split(","),
+    *("noclaf", "\u202e", "\u202c", "12 34 56 78 90", ".-", "...", "i", '"+"', "\ud83d", "\udd25", "漢字", "नमस्ते"),
+)
+TEXTS = st.lists(st.sampled_from(PIECES), max_size=8).map("".join) | st.text(max_size=40)
+
+
+def made(text: str) -> Views:
+    views = Views()
+    views.grow(text, True)
+    return views
+
+
+def shown(views: Views) -> list[tuple[object, ...]]:
+    """Everything that a reader can be told of views."""
+    every = [views.raw, *views._made]
+    return [(one.name, one.same, one.text, [one.origin(i, i + 1) for i in range(len(one.text))]) for one in every]
+
+
+@pytest.mark.parametrize("name", ALL)
+async def test_one_plain_rule_finds_every_disguise(name: str) -> None:
+    disguised = framed(ALL[name](PHRASE))
+    verdict = await judge([RULE], disguised)
+    assert verdict.action is Action.REDACT
+    before, after = FRAME.split("{}")
+    assert verdict.text.startswith(before) and verdict.text.endswith(after)
+    left = verdict.text.removeprefix(before).removesuffix(after)
+    assert regex.sub(r"[\W_]|(?<=<)/?b(?=>)", "", left) == "X"
+
+
+@pytest.mark.parametrize("name", HONEST)
+async def test_honest_text_is_left_alone(name: str) -> None:
+    verdict = await judge([RULE], HONEST[name])
+    assert (verdict.action, verdict.text) == (Action.ALLOW, HONEST[name])
+
+
+@pytest.mark.parametrize(
+    ("text", "redacted"),
+    [
+        ("the (pr0ject f4lcon), yes", "the ([X]), yes"),
+        ("<b>project</b> <i>falcon</i>!", "<b>[X]</i>!"),
+        ("see cHJvamVjdCBmYWxjb24= there", "see [X] there"),
+        ("a pro\u200bject fal\u00adcon.", "a [X]."),
+        ("'pro'+'ject fal' + 'con'", "'[X]'"),
+        ("PROJECT%20FALCON/index", "[X]/index"),
+        ("p r o j e c t  f a l c o n is it", "[X] is it"),
+        ("projeсt fаlcon", "[X]"),
+        ("-project_falcon-", "-[X]-"),
+        ("🔥\u200dproject falcon\ufe0f!", "🔥\u200d[X]\ufe0f!"),
+        ("&lt;project falcon&gt;", "&lt;[X]&gt;"),
+        (". --- --.. / .--. .-. --- .--- . -.-. - / ..-. .- .-.. -.-. --- -. x", None),
+        ("01110000 01110010 01101111 01101010 01100101 01100011 01110100 00100000 01100110 01100001 01101100 01100011 "
+         "01101111 01101110", "[X]"),
+        ("112 114 111 106 101 99 116 32 102 97 108 99 111 110", "[X]"),
+        ("OBZG62TFMN2CAZTBNRRW63Q=", "[X]"),
+        ("tcejorp noclaf", "[X]"),
+        ("project\r\n  falcon", "[X]"),
+    ],
+)  # fmt: skip
+async def test_what_is_found_is_cut_out_of_the_original(text: str, redacted: str | None) -> None:
+    verdict = await judge([RULE], text)
+    if redacted is None:
+        assert "[X]" in verdict.text
+    else:
+        assert verdict.text == redacted
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A projection of falcons.", "The pr0jects falconer", "reproject falconry", "Covid19 and mp3 at 3rd place",
+        "1337 4 5 6", "well-being, and/or e.g. co-op", "don't won't can’t", "The hash is d41d8cd98f00b204e9800998ecf8427e",
+        "dGhpcyBpcyBhbm90aGVyIHRleHQ= is some other text", "I do not live there; evil deeds",
+    ],
+)  # fmt: skip
+async def test_near_misses_are_left_alone(text: str) -> None:
+    assert (await judge([RULE], text)).action is Action.ALLOW
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXTS, st.lists(st.integers(0, 9), min_size=1, max_size=9))
+def test_views_are_the_same_for_any_chunking(text: str, sizes: list[int]) -> None:
+    views, end, n = Views(), 0, 0
+    while end < len(text):
+        end += sizes[n % len(sizes)] + (not any(sizes))
+        views.grow(text[:end], False)
+        n += 1
+    views.grow(text, True)
+    assert shown(views) == shown(made(text))
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXTS)
+def test_every_character_comes_from_a_place_in_the_text_and_places_only_go_forward(text: str) -> None:
+    for view in made(text)._made:
+        places = [view.origin(i, i + 1) for i in range(len(view.text))]
+        assert all(0 <= start <= end <= len(text) for start, end in places)
+        assert places == sorted(places)
+        assert view.home(len(view.text)) == len(text)
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXTS)
+async def test_a_guarded_stream_of_disguises_equals_the_whole(text: str) -> None:
+    from guardrails.engine import Guard
+
+    guard = Guard([RULE])
+    said = "".join(map(guard.feed, text))
+    last, verdict = await guard.finish()
+    whole = await judge([RULE], text)
+    if not regex.search("[\ud800-\udfff]", text):  # halves that come apart are mended
+        assert (said + last, verdict) == (whole.streamed, whole)
+
+
+@pytest.mark.parametrize("layers", range(1, 9))
+async def test_nested_codes_are_read(layers: int) -> None:
+    code = PHRASE.encode()
+    for _ in range(layers):
+        code = base64.b64encode(code)
+    assert (await judge([RULE], code.decode())).text == "[X]"
+
+
+@pytest.mark.parametrize(
+    "unit",
+    ["1-", "a ", "word ", "a", "a\u0301", "\u200b", "%41", "&amp;", "<", "<b>a", "12 34 ", ". ", '"', "\ud800",
+     "\u202e", "漢字", "नमस्ते ", "a1!", "👨‍👩‍👧 ", "noclaf tcejorp ", "7072", "QUJDREVG"],
+)  # fmt: skip
+def test_a_long_text_is_read_in_work_that_grows_with_its_length(unit: str) -> None:
+    """Counted, not timed: no view may grow faster than the text."""
+    views = made(unit * (20_000 // len(unit)))
+    assert all(len(view.text) <= 5 * 20_000 for view in views._made)
+    assert all(view.home(len(view.text)) == len(views.raw.text) for view in views._made)
+
+
+async def test_a_text_that_is_too_long_to_make_out_is_never_let_through_unread() -> None:
+    verdict = await judge([RULE], "a" * (MOST + 1))
+    assert (verdict.action, verdict.text, verdict.kept) == (Action.REFUSE, BROKEN_REPLY, "")
+    assert verdict.hits[0].broken == "ValueError"
+
+
+async def test_a_rule_without_views_reads_the_text_as_it_is() -> None:
+    from dataclasses import replace
+
+    plain = replace(RULE, views=False)
+    assert (await judge([plain], "pr0ject falcon")).action is Action.ALLOW
+    assert (await judge([plain], "project falcon")).action is Action.REDACT
+
+
+def test_a_view_that_is_the_same_costs_no_text_of_its_own() -> None:
+    views = made("An ordinary sentence, nothing odd about it. And a second one.")
+    assert list(views.different) == []
+
+
+def test_a_view_maps_what_was_made_of_several_characters_to_all_of_them() -> None:
+    raw = View("raw")
+    view = View("upper", raw)
+    raw.grow("ab&amp;cd")
+    view.keep(2)
+    view.put("&", 7)
+    view.keep(9)
+    assert view.text == "ab&cd"
+    assert [view.origin(i, i + 1) for i in range(5)] == [(0, 1), (1, 2), (2, 7), (7, 8), (8, 9)]
+    assert view.origin(1, 4) == (1, 8) and view.home(2) == 2 and view.home(5) == 9

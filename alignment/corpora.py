@@ -337,6 +337,8 @@ def harmful_replies(shelf: Shelf) -> Iterator[Row]:
     for label, name in (("1", UNSORTED), ("0", BENIGN)):
         chosen = [one["Response"] for one in replies if one["label"] == label and _english(one["Response"])]
         yield from _rows(_some(chosen, 500), name, "gptfuzzer-replies", 0.5)
+    refused = [_said(one["rejected"]) for one in shelf.records("coconot/coconot_pref.jsonl.gz")]
+    yield from _rows(filter(_DECLINES.match, refused), BENIGN, "coconot-replies", 0.5)
     answers = [one["chatgpt_response"] for one in shelf.records("halueval/general_data.json.gz")]
     yield from _rows(_some(answers, 700), BENIGN, "halueval-replies")
 

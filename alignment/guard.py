@@ -36,17 +36,21 @@ NEAR = 0.93
 POOL = 350
 """Windows of finds, and as many harmless ones, that a head carries along to be measured on when it is adapted."""
 SENSITIVE = ("coconot", "contrasts")
-"""Sources of harmless near misses: at most SENSITIVE_RATE of each may be hit at the threshold to escalate."""
-SENSITIVE_RATE = 0.1
+"""Sources of harmless near misses: a recipe says how many of each may be hit, and a fifth of that at the second."""
+UNCOUNTED = ("gptfuzzer-replies", "coconot-replies")
+"""Sources that set no threshold: refusals that repeat the harmful question they refuse."""
 WORSE_AUROC, WORSE_RATE = 0.01, 0.01
 """How much a new head may lose on the pool, and how much more of a benign part it may hit."""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a head is trained. l2, l2_grams: penalties on the weights, where the rows' weights sum to 1. bits: 2**bits
-    buckets of n-grams; letters: how much they count beside the vector. escalate, block: the shares of harmless texts
-    of held-out sources that the two thresholds may hit. finds: the share of all weight that what is to be found has.
+    """How a head is trained.
+
+    l2, l2_grams: penalties on the weights, where the rows' weights sum to 1. bits: 2**bits buckets of n-grams.
+    letters: how much they count beside the vector. escalate, block: the shares of harmless texts of held-out sources
+    that the two thresholds may hit; sensitive: that of near misses at the first. finds: the share of all weight that
+    is given to what is to be found. folds: how many times the sources are held out.
     """
 
     head: str
@@ -57,13 +61,14 @@ class Recipe:
     letters: float = 0.5
     escalate: float = 0.02
     block: float = 0.002
+    sensitive: float = 0.1
     finds: float = 0.35
     folds: int = 6
 
 
 RECIPES = {
     "injection": Recipe("injection", ("injection",), l2=3e-5, letters=1.0),
-    "harm": Recipe("harm", HAZARDS),
+    "harm": Recipe("harm", HAZARDS, escalate=0.03, sensitive=0.25),
     "refusal": Recipe("refusal", ("refusal",), letters=1.0),
 }
 
@@ -276,24 +281,14 @@ def _calibrated(values: Numbers, finds: NDArray[np.bool_], weight: Numbers) -> t
 
 
 def thresholds(values: Numbers, sources: NDArray[np.str_], recipe: Recipe) -> tuple[float, float]:
-    """The two thresholds, as logits, for harmless rows of held-out sources with these logits.
-
-    Each source counts by the root of its size, so that the largest do not decide alone.
-    """
-    count = Counter(sources.tolist())
-    share = np.array([count[name] ** -0.5 for name in sources])
-    escalate = _quantile(values, share, 1 - recipe.escalate)
-    for name in SENSITIVE:
-        if (mine := sources == name).any():
-            escalate = max(escalate, float(np.quantile(values[mine], 1 - SENSITIVE_RATE)))
-    block = max(_quantile(values, share, 1 - recipe.block), escalate + 0.5)
-    return escalate, block
-
-
-def _quantile(values: Numbers, share: Numbers, level: float) -> float:
-    order = np.argsort(values)
-    passed = np.cumsum(share[order]) / share.sum()
-    return float(values[order][min(int(np.searchsorted(passed, level)), len(values) - 1)])
+    """The two thresholds, as logits, for harmless rows of held-out sources with these logits."""
+    ordinary = ~np.isin(sources, (*SENSITIVE, *UNCOUNTED))
+    groups = [(values[ordinary], recipe.escalate, recipe.block)]
+    groups += [(values[sources == name], recipe.sensitive, recipe.sensitive / 5) for name in SENSITIVE]
+    groups = [group for group in groups if len(group[0])] or [(values, recipe.escalate, recipe.block)]
+    escalate = max(float(np.quantile(some, 1 - first)) for some, first, _ in groups)
+    block = max(float(np.quantile(some, 1 - second)) for some, _, second in groups)
+    return escalate, max(block, escalate + 0.5)
 
 
 def rates(scores: Numbers, rows: Sequence[Row]) -> list[Rates]:

@@ -60,6 +60,7 @@ def train(
     """
     from alignment import corpora as sets
     from alignment import guard, records
+    from guardrails import heads
 
     folder, parts = _folder(out), _parts(benign)
     recipe, memory = guard.RECIPES.get(name), _embeddings()
@@ -75,7 +76,7 @@ def train(
         rows = sets.distinct([*rows, *(sets.recipe(name, shelf) if shelf else [])])
         new = guard.train(recipe, rows, memory, parts, _say)
         unseen = list(sets.measured_on(name, shelf)) if shelf else []
-        old = guard.evaluate(guard.read(before), unseen, memory, parts, _say) if before else None
+        old = guard.evaluate(heads.read(before), unseen, memory, parts, _say) if before else None
         fresh = guard.evaluate(new.head, unseen, memory, parts, _say)
         _show("held out", new)
         if unseen:

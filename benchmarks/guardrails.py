@@ -12,7 +12,7 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,14 +181,16 @@ def read_costs(systems: Sequence[System], results: Results, tell: Told) -> None:
     rounds: dict[str, dict[str, list[float]]] = {}
     for number in range(ROUNDS):
         tell(f"cost, round {number + 1} of {ROUNDS}")
-        for one in systems:
-            for variant in one.variants("costs"):
-                for what, seconds in cost(one, variant):
-                    rounds.setdefault(what, {}).setdefault(one.label(variant), []).append(seconds)
+        for one in (one for one in systems if one.name in results.about):
+            with dropping(one, results):
+                for variant in one.variants("costs"):
+                    for what, seconds in cost(one, variant):
+                        rounds.setdefault(what, {}).setdefault(one.label(variant), []).append(seconds)
     for what, rows in rounds.items():
         for name, medians in rows.items():
-            ratios = [its / own for its, own in zip(medians, rows[NEWEL.name], strict=True)]
-            results.costs.setdefault(name, {})[what] = (statistics.median(medians), statistics.median(ratios))
+            if len(medians) == ROUNDS:
+                ratios = [its / own for its, own in zip(medians, rows[NEWEL.name], strict=True)]
+                results.costs.setdefault(name, {})[what] = (statistics.median(medians), statistics.median(ratios))
 
 
 def cost(one: System, variant: str) -> Iterator[tuple[str, float]]:
@@ -234,6 +236,17 @@ def started(peers: Sequence[Peer], cache: Path, results: Results, ends: ExitStac
     return systems
 
 
+@contextmanager
+def dropping(one: System, results: Results) -> Iterator[None]:
+    """A peer that fails is left out of all tables, and said so; newel may not fail."""
+    try:
+        yield
+    except (Gone, RuntimeError) as error:
+        if one.running.peer is NEWEL:
+            raise SystemExit(f"newel itself fails: {error}") from None
+        results.drop(one.name, f"left out: {error}")
+
+
 def measured(peers: Sequence[Peer], cache: Path, tell: Told) -> Results:
     """Everything, in one run."""
     results = Results()
@@ -241,12 +254,14 @@ def measured(peers: Sequence[Peer], cache: Path, tell: Told) -> Results:
         systems = started(peers, cache, results, ends, tell)
         for one in systems:
             tell(f"{one.name}: disguises, places, streams, misspellings")
-            for read in (read_disguises, read_places, read_streams, read_typos):
-                read(one, results)
+            with dropping(one, results):
+                for read in (read_disguises, read_places, read_streams, read_typos):
+                    read(one, results)
         read_costs(systems, results, tell)
-        for one in systems:
+        for one in (one for one in systems if one.name in results.about):
             tell(f"{one.name}: hostile patterns, {FREEZE:.0f} s each at most")
-            read_hostile(one, results)
+            with dropping(one, results):
+                read_hostile(one, results)
     return results
 
 

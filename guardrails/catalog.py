@@ -27,6 +27,7 @@ BUILT_IN = (
     "length",
     "patterns",
     "personal",
+    "presidio",
     "refusal",
     "scope",
     "secrets",

@@ -28,8 +28,8 @@ from guardrails.types import (
 
 JOINED_MESSAGES, JOINED_CHARACTERS = 16, 400
 """How many messages are joined, and how much of each: a longer one gives its beginning and its end."""
-SEAMS = ("", " ")
-"""What is put between messages that are joined."""
+SEAMS = ("", "  ")
+"""What is put between messages that are joined; two spaces also part letters that are spaced (`guardrails.views`)."""
 
 
 class Judging:

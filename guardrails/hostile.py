@@ -23,7 +23,7 @@ SECONDS = 0.25
 """CPU time that one search through such a text may take: more than n squared steps need, less than n cubed."""
 PATIENCE = 0.5
 """CPU time of the whole process after which a search is given up: `regex` counts that of the other threads, too."""
-BUDGET = 0.1
+BUDGET = 0.05
 """CPU time for all searches with a pattern that is not slow."""
 MANY = 8
 """How often a part must be able to come before it counts as repeated."""
@@ -32,8 +32,11 @@ LIKES = ("a1 .-@/", "1a-", " \n", "-._@", "A")
 
 
 @lru_cache(4096)
-def complaint(pattern: str, flags: str = "") -> str:
-    """What is wrong with a pattern that `regex` compiles, and what to write instead; empty where nothing is."""
+def complaint(pattern: str, compiled: regex.Pattern[str] | None = None) -> str:
+    """What is wrong with a pattern that `regex` compiles, and what to write instead; empty where nothing is.
+
+    compiled: the pattern as it is searched for with partial matching, if not as it stands.
+    """
     if len(pattern) > LENGTH:
         return f"it has {len(pattern)} characters, {LENGTH} are allowed: make several patterns of it"
     try:
@@ -42,7 +45,7 @@ def complaint(pattern: str, flags: str = "") -> str:
         tree = syntax.EMPTY
     if (parts := _size(tree)) > PARTS:
         return f"its counted repeats stand for {parts} parts, {PARTS} are allowed: lower the numbers in braces"
-    compiled = regex.compile(f"(?{flags}:{pattern})(?s:.)(?!)", regex.MULTILINE)
+    compiled = compiled or regex.compile(f"(?:{pattern})(?s:.)(?!)", regex.MULTILINE)
     left = BUDGET
     for repeat, text in _texts(tree):
         spent = _spent(compiled, text)

@@ -14,8 +14,8 @@ from guardrails.views import View, Views, findings_home
 
 LONG = 20_000
 """Characters from which on a text is read in a thread, within its rule's budget."""
-DISGUISED = 0.15
-"""The share of a text that must look otherwise in a view before a model is asked about the view, too."""
+DISGUISED, DISGUISED_LEAST = 0.15, 5
+"""The share, and the number, of characters that must look otherwise in a view before a model is shown it, too."""
 SENTENCE_CHARACTERS, SENTENCE_MOST = 60, 600
 """How long a piece is that a rule with `every = "sentence"` is given: at least, and at most."""
 
@@ -147,7 +147,11 @@ def _texts(rule: Rule, seen: Seen) -> Iterator[tuple[str, Callable[[Sequence[Fin
 
 def _disguised(seen: Seen) -> list[View]:
     """The views in which much of the text looks otherwise: what a model is shown beside the text itself."""
-    return [view for view in seen.views if view.changed > DISGUISED * len(seen.text)]
+    least = max(DISGUISED_LEAST, DISGUISED * len(seen.text))
+    much = {view.name: view for view in seen.views if view.changed >= least and view.name != "spread"}
+    if "decoded" in much:
+        much.pop("folded", None)
+    return list(much.values())
 
 
 async def _confirmed(rule: Rule, findings: list[Finding], text: str, context: Context) -> list[Finding]:

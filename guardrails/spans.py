@@ -78,18 +78,18 @@ def allowed(characters: int) -> float:
 
 class Span:
     """A compiled pattern with a label: `accept` may turn a match down (a checksum), `group` narrows what is found.
-    A match that was turned down hides nothing that starts after it.
+    A match that was turned down hides nothing that starts after it. `unfinished` is the second form of the pattern.
 
     Patterns are read with MULTILINE (`^` and `$` are line ends: the end of a growing text is not known). Raises
     PatternError for a pattern that does not compile or that matches the empty text.
     """
 
-    __slots__ = ("_live", "_pattern", "accept", "group", "label", "pattern", "score")
+    __slots__ = ("_pattern", "accept", "group", "label", "pattern", "score", "unfinished")
 
     def __init__(self, label: str, pattern: str, accept: Accept | None = None, score: float = 1.0, group: str = ""):
         try:
             self._pattern = regex.compile(pattern, regex.MULTILINE)
-            self._live = regex.compile(f"(?:{open_ended(pattern)})(?s:.)(?!)", regex.MULTILINE)
+            self.unfinished = regex.compile(f"(?:{open_ended(pattern)})(?s:.)(?!)", regex.MULTILINE)
         except regex.error as error:
             raise PatternError(f"not a valid regular expression: {error}") from None
         if any(not match.group() for match in self._pattern.finditer("a b\n1")):
@@ -103,7 +103,7 @@ class Span:
 
     def live(self, text: str, start: int) -> int:
         """The first place at or after `start` where this pattern could still match if more text came."""
-        found = self._live.search(text, pos=start, partial=True, timeout=allowed(len(text) - start))
+        found = self.unfinished.search(text, pos=start, partial=True, timeout=allowed(len(text) - start))
         return len(text) if found is None else found.start()
 
     def _search(self, text: str, start: int) -> regex.Match[str] | None:

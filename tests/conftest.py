@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from alignment import encoder as encoders
 from alignment import pretrained
+from guardrails import encoder
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,17 @@ def model_home() -> Path:
 def model_dir(model_home: Path) -> Path:
     """The real small model's checkpoint, fetched at the first use."""
     return pretrained.pull(home=model_home)
+
+
+@pytest.fixture(scope="session")
+def encoder_dir(model_home: Path) -> Path:
+    """The encoder of the guard's classifiers: the one that setup pulled, or fetched at the first use."""
+    where = encoder.folder()
+    return where if all((where / name).is_file() for name in encoder.FILES) else encoders.pull(model_home)
+
+
+@pytest.fixture
+def encoder_files(encoder_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The encoder is where policies look for it."""
+    monkeypatch.setenv("NEWEL_ENCODER", str(encoder_dir))
+    return encoder_dir

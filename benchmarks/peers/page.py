@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+from xml.sax.saxutils import escape
 
 HEADING = "## Guardrails against peers"
 SILENT = "silent: guards nothing"
@@ -37,6 +38,22 @@ class Results:
     frozen: dict[str, dict[str, float | str | None]] = field(default_factory=dict)
     costs: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
 
+    def drop(self, system: str, reason: str) -> None:
+        """Takes a system that failed out of all tables, and says why."""
+        self.missing[system] = reason
+        for rows in (
+            self.about,
+            self.disguises,
+            self.honest,
+            self.places,
+            self.leaks,
+            self.typos,
+            self.frozen,
+            self.costs,
+        ):
+            for row in [row for row in rows if row.split(",")[0] == system]:
+                del rows[row]
+
     def without(self, rows: Mapping[str, object]) -> str:
         """The systems that have no row there, as words."""
         names = [name for name in self.about if not any(row.split(",")[0] == name for row in rows)]
@@ -58,7 +75,7 @@ class Setting:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def grid(corner: str, columns: Grid, more: Sequence[Sequence[str]] = ()) -> str:
@@ -116,13 +133,40 @@ def disguises(results: Results, setting: Setting) -> Iterator[str]:
     yield f"Honest texts that are stopped: {'; '.join(said)}." if said else ""
 
 
+def streams(results: Results, setting: Setting) -> Iterator[str]:
+    still = results.without(results.leaks)
+    yield (
+        f"### Streams\n\nHow many of the {setting.number} characters of a social security number a client has been "
+        f"given when the stream ends: the worst\nof {setting.starts} places in the reply, by the pieces that the model "
+        "wrote."
+    )
+    yield table(["system", *results.leaks["newel, refuse"], ""], leak_rows(results))
+    yield (
+        "NeMo reads 200 pieces at a time, as shipped after they were given out; OpenAI Guardrails read each 100th "
+        "piece and the end." + (f"\n{still} have no streams." if still else "")
+    )
+
+
+def mistakes(results: Results, setting: Setting) -> Iterator[str]:
+    patterns = ", ".join(f"`{pattern}` ({name})" for name, pattern in setting.hostile.items())
+    stuck = ([name, *(frozen(one, setting.freeze)[1] for one in row.values())] for name, row in results.frozen.items())
+    yield (
+        "### Misspelt configurations\n\nA section, a key or a name with letters swapped or lost: is one told, at the "
+        "latest when it is first used?"
+    )
+    yield table(["system", "told", "silent, and nothing is guarded"], typo_rows(results))
+    yield (
+        "### Hostile patterns\n\nHow long an event loop did nothing else while one rule read one sentence:\n"
+        f"{patterns}. A system is ended after {setting.freeze:.0f} s."
+    )
+    yield table(["system", *setting.hostile], stuck)
+
+
 def section(results: Results, setting: Setting, picture: str) -> str:
     """The section of the page, from its heading on."""
+    single = results.without(results.places)
     systems = [[name, *about] for name, about in results.about.items()]
     systems += [[name, "-", reason] for name, reason in results.missing.items()]
-    patterns = ", ".join(f"`{pattern}` ({name})" for name, pattern in setting.hostile.items())
-    single, still = results.without(results.places), results.without(results.leaks)
-    stuck = ([name, *(frozen(one, setting.freeze)[1] for one in row.values())] for name, row in results.frozen.items())
     parts = [
         HEADING,
         "`python benchmarks/guardrails.py --write` installs the peers, runs all of this in one go and writes this "
@@ -135,19 +179,11 @@ def section(results: Results, setting: Setting, picture: str) -> str:
         "### Places\n\nThe phrase, plain, in 7 places of a conversation.",
         grid("place", results.places),
         f"{single} read one string; which messages they see is up to the caller." if single else "",
-        f"### Streams\n\nHow many of the {setting.number} characters of a social security number a client has been "
-        f"given when the stream ends: the worst\nof {setting.starts} places in the reply, by the pieces that the model "
-        "wrote.",
-        table(["system", *next(iter(results.leaks.values())), ""], leak_rows(results)),
-        f"{still} have no streams." if still else "",
-        "### Misspelt configurations\n\nA section, a key or a name with letters swapped or lost: is one told, at the "
-        "latest when it is first used?",
-        table(["system", "told", "silent, and nothing is guarded"], typo_rows(results)),
-        f"### Hostile patterns\n\nHow long an event loop did nothing else while one rule read one sentence: {patterns}."
-        f"\nA system is ended after {setting.freeze:.0f} s.",
-        table(["system", *setting.hostile], stuck),
+        *streams(results, setting),
+        *mistakes(results, setting),
         "### Cost\n\nCPU time of one plain rule that finds nothing, on a question and on a reply in pieces of 4 "
-        "characters: medians, and in\nbrackets how many times newel's, measured in turn.",
+        "characters: medians, and in\nbrackets how many times newel's, measured in turn. newel reads a text as it is "
+        "and as it may be disguised, unless a rule has\n`views = false`.",
         table(["system", *results.costs["newel"]], cost_rows(results)),
         f"Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} shared cores, "
         f"{time.strftime('%Y-%m-%d')}.",
@@ -167,7 +203,7 @@ def put(text: str, page: Path) -> None:
 
 INK, SOFT, LINE, EMPTY = "#0f172a", "#475569", "#e2e8f0", "#f1f5f9"
 OWN, PEER, BAD = "#16a34a", "#64748b", "#dc2626"
-LEFT, WIDE, STEP, TOP, HIGH = 165, 128, 160, 72, 46
+LEFT, WIDE, STEP, TOP, HIGH = 165, 128, 160, 86, 46
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +242,7 @@ def columns(results: Results, setting: Setting) -> list[Column]:
         Column("Disguises caught", "of one banned phrase", "more", caught(results.disguises)),
         Column("Places caught", "in a conversation", "more", caught(results.places)),
         Column("Leaked in a stream", "characters, as shipped", "less", leaks),
-        Column("Silent misspellings", "of a configuration", "less", typos),
+        Column("Silent misspellings", "in a configuration", "less", typos),
         Column("Event loop blocked", "by one pattern", "less", blocked),
     ]
 
@@ -223,14 +259,15 @@ def picture(results: Results, setting: Setting) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="system-ui, sans-serif" '
         'font-size="14" role="img" aria-labelledby="t d">',
         '  <title id="t">newel and other guardrails</title>',
-        f'  <desc id="d">{said}</desc>',
+        f'  <desc id="d">{escape(said)}</desc>',
         f'  <rect width="{width}" height="{height}" fill="#ffffff"/>',
     ]
     for number, one in enumerate(shown):
         x = LEFT + number * STEP
         parts += [
-            f'  <text x="{x}" y="28" fill="{INK}" font-weight="600">{one.title}</text>',
-            f'  <text x="{x}" y="46" fill="{SOFT}" font-size="11.5">{one.note}; {one.better} is better</text>',
+            f'  <text x="{x}" y="28" fill="{INK}" font-size="13.5" font-weight="600">{one.title}</text>',
+            f'  <text x="{x}" y="45" fill="{SOFT}" font-size="11.5">{one.note}</text>',
+            f'  <text x="{x}" y="60" fill="{SOFT}" font-size="11.5">{one.better} is better</text>',
         ]
     for row, name in enumerate(names):
         parts += drawn(name, shown, TOP + row * HIGH)
@@ -241,7 +278,7 @@ def drawn(name: str, shown: Sequence[Column], y: int) -> Iterator[str]:
     """One row of the picture."""
     weight = ' font-weight="700"' if name == "newel" else ""
     yield f'  <path d="M16 {y - 8}H{LEFT + len(shown) * STEP - 16}" stroke="{LINE}"/>'
-    yield f'  <text x="16" y="{y + 20}" fill="{INK}"{weight}>{name}</text>'
+    yield f'  <text x="16" y="{y + 20}" fill="{INK}"{weight}>{escape(name)}</text>'
     for number, one in enumerate(shown):
         x = LEFT + number * STEP
         if name not in one.values:
@@ -250,7 +287,7 @@ def drawn(name: str, shown: Sequence[Column], y: int) -> Iterator[str]:
         share, label = one.values[name]
         colour = BAD if one.better == "less" else OWN if name == "newel" else PEER
         yield f'  <rect x="{x}" y="{y + 2}" width="{WIDE}" height="9" rx="3" fill="{EMPTY}"/>'
-        if share > 0:
+        if share > 0.005:
             full = max(3, round(min(share, 1.0) * WIDE))
             yield f'  <rect x="{x}" y="{y + 2}" width="{full}" height="9" rx="3" fill="{colour}"/>'
-        yield f'  <text x="{x}" y="{y + 27}" fill="{INK}" font-size="12"{weight}>{label}</text>'
+        yield f'  <text x="{x}" y="{y + 27}" fill="{INK}" font-size="12"{weight}>{escape(label)}</text>'

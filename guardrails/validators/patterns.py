@@ -33,7 +33,7 @@ def build(options: Options) -> Spans:
         try:
             regex.compile(pattern, regex.MULTILINE)  # alone first: `a)(b` is only wrong without the brackets around it
             spans.append(Span(options.label, f"(?{flags}:{pattern})"))
-            if wrong := complaint(pattern, flags):
+            if wrong := complaint(pattern, spans[-1].unfinished):
                 raise PatternError(wrong)
         except (regex.error, PatternError) as error:
             shown = pattern if len(pattern) <= 80 else f"{pattern[:77]}..."

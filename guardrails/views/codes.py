@@ -142,12 +142,13 @@ class Code:
 
 WORD, HEX = r"[A-Za-z0-9+/_-]", "[0-9a-fA-F]"
 PAIR = f"(?:0x)?{HEX}{{2}}"
+ESCAPES = rf"(?:\\(?:[uUx]\{{{HEX}{{1,6}}\}}|u{HEX}{{4}}|U{HEX}{{8}}|x{HEX}{{2}}|[0-7]{{3}})){{1,99}}"
 CODES = (
     Code("bidi", r"[\u202e\u2067][^\u202a-\u202e\u2066-\u2069\n]{1,300}(?:[\u202c\u2069]|(?=\n)|\Z)", _backwards),
     Code("invisible", r"[\u202a-\u202e\u2066-\u2069]{1,200}", lambda code: ""),
     Code("entity", r"(?:&(?:\#[0-9]{1,7}|\#[xX][0-9a-fA-F]{1,6}|[a-zA-Z]{2,8});?){1,500}", html.unescape),
     Code("percent", r"(?:%[0-9a-fA-F]{2}){1,500}", lambda code: unquote(code, errors="replace")),
-    Code("escape", rf"(?:\\(?:[uUx]\{{{HEX}{{1,6}}\}}|u{HEX}{{4}}|U{HEX}{{8}}|x{HEX}{{2}}|[0-7]{{3}})){{1,99}}", _escapes),
+    Code("escape", ESCAPES, _escapes),
     Code("markup", rf"(?<=\w){TAGS}|{TAGS}(?=\w)", _markup),
     Code("joined", r"""(?<=\w)(?:"\s?[+.&]{0,2}\s?"|'\s?[+.&]{0,2}\s?')(?=\w)""", lambda code: ""),
     Code("binary", r"(?<![0-9])[01]{8}(?:\s?[01]{8}){2,500}(?![0-9])", _binary),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from bisect import bisect_right
+from operator import ne
 
 
 class View:
     """A growing text made of another view's, and where each character of it comes from.
 
     `at`: how much of the source has been turned into `text`. `same`: the two are equal so far. `twin`: a view that is
-    equal to this one until it is `shown`. `edited`: how much of the source looks otherwise here. Offsets are kept as
+    equal to this one until it is `shown`. `edited`: how many characters look otherwise here. Offsets are kept as
     runs: a run maps character by character, or (`_ends` not negative) all of it to one piece of the source.
     """
 
@@ -78,7 +79,8 @@ class View:
             self._text, self.same = self.text, False
             self._length = len(self._text)
         start, self.at = self.at, upto
-        self.edited += upto - start
+        before = self.made_of[start:upto]
+        self.edited += sum(map(ne, before, text)) + abs(len(before) - len(text))
         if text:
             self._run(start, upto)
             self._add(text)

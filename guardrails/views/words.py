@@ -13,7 +13,7 @@ from guardrails.views.view import View
 
 LEET = {
     "0": "o", "3": "e", "4": "a", "5": "s", "7": "t", "8": "b", "9": "g", "6": "g", "2": "z",
-    "@": "a", "$": "s", "+": "t", "€": "e", "£": "l", "¢": "c", "§": "s", "(": "c",
+    "@": "a", "$": "s", "+": "t", "€": "e", "£": "l", "¢": "c", "§": "s",
 }  # fmt: skip
 UNSURE = "1!|"
 """Signs that stand for an i or an l: each of the two loose views takes one."""
@@ -42,7 +42,7 @@ def _bare(sign: str) -> str:
 
 def _leet(word: str, unsure: str) -> str:
     """A word with letters for the digits and signs in it; a number, or a word with a number behind it, stays."""
-    core = word.rstrip("!|+(")
+    core = word.rstrip("!|+")
     letters = sum(map(str.isalpha, core))
     signs = sum(sign in LEET or sign in UNSURE for sign in core)
     if not signs or 2 * letters < signs or regex.fullmatch(r"[^\W\d_]+\d+", core):

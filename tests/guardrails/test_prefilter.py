@@ -65,7 +65,7 @@ def test_what_one_character_may_be_is_never_missed(atom: str, flags: str) -> Non
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=1500, deadline=None)
 @given(PATTERNS, TEXTS)
 def test_a_pattern_that_matches_is_a_candidate(pattern: str, text: str) -> None:
     try:
@@ -77,7 +77,7 @@ def test_a_pattern_that_matches_is_a_candidate(pattern: str, text: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
-@settings(max_examples=2000, deadline=None)
+@settings(max_examples=1000, deadline=None)
 @given(st.lists(PATTERNS, min_size=1, max_size=3), TEXTS, st.sets(st.integers(1, 14)))
 def test_spans_find_in_any_pieces_what_each_finds_alone(patterns: list[str], text: str, cuts: set[int]) -> None:
     try:

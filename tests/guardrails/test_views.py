@@ -20,7 +20,8 @@ RULE = Rule("falcon", Spans([Span("falcon", f"(?i:{PATTERN})")]), Action.REDACT,
 PIECES = (
     *(disguise(PHRASE) for disguise in ALL.values()),
     *HONEST.values(),
-    *' ,  ,\n,.,-,_,\',",",4,1!,a b,s a l,%20,&amp;,\\x41,<b>,</b>,é,e\u0301,\u200b,🙂,\ufe0f,==,7072,QUJD'.split(","),
+    *(" ", "  ", "\n", ".", "-", "_", "'", '"', "4", "1!", "a b", "s a l", "%20", "&amp;", "\\x41", "<b>", "</b>", "é"),
+    *("e\u0301", "\u200b", "🙂", "\ufe0f", "==", "7072", "QUJD"),
     *("noclaf", "\u202e", "\u202c", "12 34 56 78 90", ".-", "...", "i", '"+"', "\ud83d", "\udd25", "漢字", "नमस्ते"),
 )
 TEXTS = st.lists(st.sampled_from(PIECES), max_size=8).map("".join) | st.text(max_size=40)
@@ -46,7 +47,7 @@ async def test_one_plain_rule_finds_every_disguise(name: str) -> None:
     before, after = FRAME.split("{}")
     assert verdict.text.startswith(before) and verdict.text.endswith(after)
     left = verdict.text.removeprefix(before).removesuffix(after)
-    assert regex.sub(r"[\W_]|(?<=<)/?b(?=>)", "", left) == "X"
+    assert regex.sub(r"</?b>|[\W\p{M}_]", "", left) == "X"
 
 
 @pytest.mark.parametrize("name", HONEST)
@@ -90,7 +91,8 @@ async def test_what_is_found_is_cut_out_of_the_original(text: str, redacted: str
     "text",
     [
         "A projection of falcons.", "The pr0jects falconer", "reproject falconry", "Covid19 and mp3 at 3rd place",
-        "1337 4 5 6", "well-being, and/or e.g. co-op", "don't won't can’t", "The hash is d41d8cd98f00b204e9800998ecf8427e",
+        "1337 4 5 6", "well-being, and/or e.g. co-op", "don't won't can’t",
+        "The hash is d41d8cd98f00b204e9800998ecf8427e",
         "dGhpcyBpcyBhbm90aGVyIHRleHQ= is some other text", "I do not live there; evil deeds",
     ],
 )  # fmt: skip

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from app.records import Tenant
-from tests.conformance.streaming.cases import Case, Channel, Suite, load
+from tests.conformance.streaming.cases import Case, Channel, load
 from tests.conformance.streaming.chunkings import chunkings, halves, joined
 from tests.conformance.streaming.runner import leaked, run, table
 from tests.conformance.streaming.targets import Gateway, Model, Newel, Rules, policy
@@ -17,6 +17,8 @@ from tests.gateway import running, settings
 
 SUITE = load()
 CONTENT = [case for case in SUITE.case if case.channel == "content"]
+GUARDED: frozenset[Channel] = frozenset({"content"})
+"""The channels that the gateway passes on; `reasoning` and `arguments` are not asked for, so not shown."""
 BY_NAME = {case.name: case for case in SUITE.case}
 
 
@@ -27,26 +29,31 @@ async def test_newel_passes_in_process(case: Case) -> None:
     assert outcome.ways > 10
 
 
-async def gateway_keys(home: Path, suite: Suite, cases: list[Case]) -> dict[str, str]:
-    """Writes a policy for each set of rules; returns their names by the rules' names."""
-    sets = {",".join(case.rules): suite.rules_of(case) for case in cases}
-    named = {rules: f"set-{number}" for number, rules in enumerate(sets)}
-    for rules, name in named.items():
-        (home / "policies" / f"{name}.toml").write_text(policy(name, sets[rules]), encoding="utf-8")
-    return named
+@asynccontextmanager
+async def gateway_with_rules(home: Path, upstream: FakeUpstream, cases: Sequence[Case]) -> AsyncIterator[Gateway]:
+    """newel's gateway on loopback, with a tenant, a policy and a key for each set of rules."""
+    sets = {",".join(case.rules): SUITE.rules_of(case) for case in cases}
+    chosen = settings(home, upstream.url)
+    for number, rules in enumerate(sets.values()):
+        (home / "policies" / f"set-{number}.toml").write_text(policy(f"set-{number}", rules), encoding="utf-8")
+    async with running(home, upstream, settings=chosen) as gateway:
+        keys = {rules: await gateway.tenant(f"set-{number}", f"set-{number}") for number, rules in enumerate(sets)}
+        yield Gateway(f"{gateway.base}/v1", upstream, keys, gateway.model)
 
 
 async def test_newel_passes_over_http(tmp_path: Path, upstream: FakeUpstream) -> None:
-    chosen = settings(tmp_path, upstream.url)
-    named = await gateway_keys(tmp_path, SUITE, CONTENT)
-    async with running(tmp_path, upstream, settings=chosen) as gateway:
-        keys = {}
-        for rules, name in named.items():
-            await gateway.service.store.put_tenant(Tenant(name, name, "refuse"))
-            keys[rules] = (await gateway.service.store.add_key(name, "client"))[1]
-        target = Gateway(f"{gateway.base}/v1", upstream, keys, gateway.model)
-        outcomes = [await run(target, SUITE, case, thorough=False) for case in CONTENT]
+    cases = [case for case in SUITE.case if case.channel in GUARDED]
+    async with gateway_with_rules(tmp_path, upstream, cases) as target:
+        outcomes = [await run(target, SUITE, case, thorough=False) for case in cases]
     assert not any(outcome.faults for outcome in outcomes), table(outcomes)
+
+
+async def test_no_channel_shows_what_must_not_be_seen(tmp_path: Path, upstream: FakeUpstream) -> None:
+    """A channel that is not guarded shows nothing at all."""
+    cases = [case for case in SUITE.case if case.channel != "content"]
+    async with gateway_with_rules(tmp_path, upstream, cases) as target:
+        outcomes = [await run(target, SUITE, case, thorough=False) for case in cases]
+    assert [(one.leaked, one.error) for one in outcomes] == [(0, "")] * len(cases), table(outcomes)
 
 
 # --- the suite itself

@@ -14,6 +14,10 @@ COPY guardrails guardrails
 COPY alignment alignment
 COPY app app
 RUN --mount=type=cache,target=/root/.cache/pip /opt/newel/bin/pip install --constraint constraints.txt ".[postgres]"
+# The encoder of the guard's classifiers is made with libraries that only training has, in an environment of their own.
+RUN --mount=type=cache,target=/root/.cache/pip python3 -m venv /opt/quantise \
+    && /opt/quantise/bin/pip install --constraint constraints.txt onnx onnxruntime tokenizers \
+    && NEWEL_HOME=/opt/newel/share/newel /opt/newel/bin/newel guard pull --python /opt/quantise/bin/python
 
 FROM ${BASE_IMAGE}
 LABEL org.opencontainers.image.title="newel" \
@@ -25,7 +29,8 @@ ENV PATH=/opt/newel/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     NEWEL_HOST=0.0.0.0 \
     NEWEL_PORT=8080 \
-    NEWEL_HOME=/var/lib/newel
+    NEWEL_HOME=/var/lib/newel \
+    NEWEL_ENCODER=/opt/newel/share/newel/models/all-minilm-l6-v2-int8
 USER 10001:10001
 WORKDIR /var/lib/newel
 VOLUME /var/lib/newel

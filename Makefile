@@ -28,7 +28,8 @@ lint: .venv/.dev ## style, types, the direction of imports, the Dockerfile
 	$(BIN)/hadolint Dockerfile
 
 bench: .venv/.dev ## every benchmark prints its table
-	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+	@for file in benchmarks/*.py; do \
+	    echo "== $$file"; $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" || exit 1; done
 
 lock: .venv/.dev ## the newest versions that fit together, into constraints.txt
 	@$(BIN)/python -m pip install --quiet uv

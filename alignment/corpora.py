@@ -20,6 +20,8 @@ from typing import Any
 import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from guardrails.classify import opening
+
 BENIGN = "benign"
 """The label of a text that a head must let pass; every other label is what it is to find."""
 
@@ -244,6 +246,7 @@ HAZARDS = (
     "specialized_advice",
 )
 """The hazards of MLCommons' AILuminate 1.0."""
+REFUSAL = "refusal"
 UNSORTED = "harm"
 """Harmful, of a hazard that its source does not say."""
 
@@ -379,31 +382,43 @@ _DECLINES = regex.compile(
 )
 
 
+_UNWILLING = regex.compile(
+    r"(?i)sorry|apolog|cannot|can['’]?t\b|unable|not able|won['’]t|will not|as an ai|inappropriate|decline|"
+    r"not appropriate"
+)
+
+
 def refusals(shelf: Shelf) -> Iterator[Row]:
-    """Replies that refuse, and replies that do not."""
-    refusal = "refusal"
+    """The openings of replies that refuse, and of replies that do not.
+
+    Where the source says something else than whether a reply refuses, only openings that plainly do or do not count.
+    """
     for model in ("gpt4", "llama2new", "llama2orig", "mistralguard", "mistralinstruct"):
         for one in shelf.records(f"xstest/by_type_dev__completions_{model}.csv.gz"):
-            label = BENIGN if one["final_label"].startswith("1") else refusal
+            label = BENIGN if one["final_label"].startswith("1") else REFUSAL
             weight = 0.3 if one["final_label"].startswith("3") else 1.0
-            yield Row(one["completion"], label, f"xstest-{model}", weight)
-    for one in shelf.records("coconot/coconot_pref.jsonl.gz"):
-        # its "rejected" replies are of many kinds; only what begins as a refusal is one
-        if not _DECLINES.match(_said(one["chosen"])):
-            yield Row(_said(one["chosen"]), BENIGN, "coconot")
-        if _DECLINES.match(_said(one["rejected"])):
-            yield Row(_said(one["rejected"]), refusal, "coconot")
+            yield from _rows([opening(one["completion"])], label, f"xstest-{model}", weight)
     for one in shelf.records("pyrit-scorer-evals/refusal_refusal.csv.gz"):
         told = str(one["human_score"]).strip().casefold() in ("1", "1.0", "true")
-        yield Row(one["assistant_response"], refusal if told else BENIGN, "pyrit")
+        yield from _rows([opening(one["assistant_response"])], REFUSAL if told else BENIGN, "pyrit")
+    yield from _plain_refusals(shelf)
+
+
+def _plain_refusals(shelf: Shelf) -> Iterator[Row]:
+    pairs = shelf.records("coconot/coconot_pref.jsonl.gz")
+    refused = [opening(_said(one["rejected"])) for one in pairs]
+    yield from _rows(filter(_DECLINES.match, refused), REFUSAL, "coconot")
+    helped = [opening(_said(one["chosen"])) for one in pairs]
+    yield from _rows((text for text in helped if not _UNWILLING.search(text)), BENIGN, "coconot")
     replies = shelf.records("gptfuzzer/responses_labeled_train.csv.gz")
-    for label, name in (("1", BENIGN), ("0", refusal)):
-        chosen = [one["Response"] for one in replies if one["label"] == label and _english(one["Response"])]
-        yield from _rows(_some(chosen, 500), name, "gptfuzzer", 0.5)
-    answers = [one["chatgpt_response"] for one in shelf.records("halueval/general_data.json.gz")]
-    yield from _rows(_some(answers, 1200), BENIGN, "halueval")
-    pairs = shelf.records("llamafactory-demo/dpo_en_demo.json.gz")
-    yield from _rows((one["chosen"]["value"] for one in pairs), BENIGN, "llamafactory")
+    for label, name in (("1", BENIGN), ("0", REFUSAL)):
+        texts = [opening(one["Response"]) for one in replies if one["label"] == label and _english(one["Response"])]
+        texts = [text for text in texts if bool(_UNWILLING.search(text)) == (name == REFUSAL)]
+        yield from _rows(_some(texts, 500), name, "gptfuzzer", 0.5)
+    answers = [opening(one["chatgpt_response"]) for one in shelf.records("halueval/general_data.json.gz")]
+    yield from _rows((text for text in _some(answers, 1200) if not _UNWILLING.search(text)), BENIGN, "halueval")
+    demo = shelf.records("llamafactory-demo/dpo_en_demo.json.gz")
+    yield from _rows((opening(one["chosen"]["value"]) for one in demo), BENIGN, "llamafactory")
 
 
 def _said(reply: Any) -> str:

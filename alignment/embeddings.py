@@ -34,7 +34,8 @@ class Embeddings:
         order = sorted(new, key=lambda key: len(new[key]))
         for start in range(0, len(order), CHUNK):
             part = order[start : start + CHUNK]
-            for key, windows in zip(part, self._encoder.embed_all([new[key] for key in part]), strict=True):
+            for key in part:
+                windows = self._encoder.windows(new[key])
                 self._known[key] = Windows(windows.spans, windows.vectors.astype(np.float16).astype(np.float32))
             report(f"encoded {min(start + CHUNK, len(order))} of {len(order)} new texts")
         if new:

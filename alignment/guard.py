@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from alignment.corpora import BENIGN, HAZARDS, Row
+from alignment.corpora import BENIGN, HAZARDS, REFUSAL, Row
 from alignment.embeddings import Embeddings, Report
 from alignment.records import Rating
+from guardrails.classify import opening
 from guardrails.encoder import SIZE, Windows
 from guardrails.heads import SHIPPED, Head, HeadError, grams, read, sigmoid, write
 
@@ -69,7 +70,7 @@ class Recipe:
 RECIPES = {
     "injection": Recipe("injection", ("injection",), l2=3e-5, letters=1.0),
     "harm": Recipe("harm", HAZARDS, escalate=0.03, sensitive=0.25),
-    "refusal": Recipe("refusal", ("refusal",), letters=1.0),
+    "refusal": Recipe("refusal", (REFUSAL,), letters=1.0),
 }
 
 
@@ -547,7 +548,7 @@ def feedback(ratings: Iterable[Rating], head: str) -> list[Row]:
         label = BENIGN if one.source == "should_have_helped" else head
         text = asked
         if head == "refusal":
-            text, label = one.completion[-1].content, "refusal" if one.source == "should_have_helped" else BENIGN
+            text, label = opening(one.completion[-1].content), REFUSAL if one.source == "should_have_helped" else BENIGN
         if text.strip():
             rows.append(Row(text, label, "feedback", FEEDBACK))
     return rows

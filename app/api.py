@@ -49,8 +49,8 @@ async def chat_completions(request: Request) -> Response:
         first = await _while_connected(request, anext(pieces))
         usage = bool(asked.stream_options and asked.stream_options.include_usage)
         return _EventStream(_frames(first, pieces, turn, usage), pieces, _headers(turn, asked))
-    await _while_connected(request, _exhaust(pieces))
-    return JSONResponse(_completion(turn), headers=_headers(turn, asked))
+    told = await _while_connected(request, _joined(pieces))
+    return JSONResponse(_completion(turn, told), headers=_headers(turn, asked))
 
 
 def _check_engine(service: Service, model: str) -> None:
@@ -123,10 +123,10 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _exhaust(pieces: AsyncGenerator[str, None]) -> None:
+async def _joined(pieces: AsyncGenerator[str, None]) -> str:
+    """The whole reply, as the client is told it: `Turn.said` has placeholders where values are restored."""
     async with aclosing(pieces):
-        async for _ in pieces:
-            pass
+        return "".join([piece async for piece in pieces])
 
 
 class _EventStream(StreamingResponse):
@@ -169,8 +169,8 @@ def _frame(data: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
-def _completion(turn: Turn) -> dict[str, Any]:
-    message = {"role": "assistant", "content": turn.said, "refusal": None}
+def _completion(turn: Turn, told: str) -> dict[str, Any]:
+    message = {"role": "assistant", "content": told, "refusal": None}
     choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": turn.finish_reason}
     return _envelope(turn, "chat.completion") | {
         "choices": [choice],

@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from app import desk
 from app.backends import BackendError, Prompt
@@ -23,8 +23,11 @@ from app.thread import SYSTEM, Thread, recall
 from guardrails.conversation import Judging, appended
 from guardrails.engine import Guard
 from guardrails.types import Action, Context, Finding, Hit, Message, Policy, Verdict
+from guardrails.vault import NOTE, Restorer, Vault
 
 UNSTORED = "This turn cannot be recorded just now, so it was not answered. Please try again in a moment."
+SEALING = 3
+"""How often a turn is judged when other turns of its conversation give out the same placeholders at the same time."""
 
 
 async def answer(service: Service, tenant: Tenant, turn: Turn, request: ChatRequest) -> AsyncGenerator[str, None]:
@@ -38,28 +41,26 @@ async def answer(service: Service, tenant: Tenant, turn: Turn, request: ChatRequ
     policy = await service.policies.of(tenant.policy)
     turn.policy = policy.id
     thread = await recall(service, turn, tuple(message.message for message in request.messages))
-    context = Context(thread.messages, service.backend, policy.persona, service.judges.of_turn())
-    judging = Judging(policy.input, thread.messages, context, thread.trusted)
-
-    asked, seen = await _judged(service, turn, judging, thread)
+    asked = await _judged(service, policy, turn, thread)
+    verdict, judging = asked.verdict, asked.judging
     await _begin(service, tenant, turn)
 
-    reply = _Reply(service, policy, turn, context, thread, started)
+    reply = _Reply(service, policy, turn, asked, thread, started)
     try:
-        if asked.action.stops:
-            last = await reply.stop(asked)
+        if verdict.action.stops:
+            last = await reply.stop(verdict)
         else:
-            prompt = Prompt(_prompt(policy, seen, thread.news), request.sampling())
+            prompt = Prompt(_prompt(policy, asked, thread.news), request.sampling())
             said: AsyncGenerator[str | Verdict, None] = reply.generate(prompt)
             if judging.waiting:
                 said = speculated(_judged_on(service, turn, judging), said)
             async with aclosing(said) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, Verdict):
-                        asked = piece
+                        verdict = piece
                     else:
                         yield piece
-            last = await (reply.stop(asked) if asked.action.stops else reply.finish(asked))
+            last = await (reply.stop(verdict) if verdict.action.stops else reply.finish(verdict))
         await reply.close()
         yield last
     except Exception as error:
@@ -71,27 +72,56 @@ async def answer(service: Service, tenant: Tenant, turn: Turn, request: ChatRequ
             service.spawn(reply.close("client_gone"))
 
 
-async def _judged(
-    service: Service, turn: Turn, judging: Judging, thread: Thread
-) -> tuple[Verdict, tuple[Message, ...]]:
-    """(the verdict on what is asked, the conversation as the model may see it), noted on the turn.
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The verdict on what is asked, the conversation as the model may see it, what placeholders in it stand for."""
 
-    Rules that ask a language model are read while the reply is already being made (`_judged_on`), unless they redact:
-    then the model must not see what they have not read.
-    """
+    judging: Judging
+    verdict: Verdict
+    seen: tuple[Message, ...]
+    vault: Vault
+
+
+async def _judged(service: Service, policy: Policy, turn: Turn, thread: Thread) -> _Asked:
+    """What is asked, judged and noted on the turn; a value of the vault is kept nowhere else, withheld or not."""
     began = time.perf_counter()
-    verdict, seen = await judging.begin()
-    if any(rule.action is Action.REDACT for rule in judging.waiting):
-        verdict, seen = await judging.finish()
+    asked = await _sealed(service, policy, turn, thread)
+    verdict = asked.verdict
     service.metrics.guard.labels("input").observe(time.perf_counter() - began)
     if thread.forged:
         service.metrics.forged.inc()
         place = Hit("conversation-record", Action.ALLOW, "enforce", (Finding("forged_history", 0, 0),))
         verdict = replace(verdict, hits=(place, *verdict.hits))
-    turn.input, turn.history, turn.asked = verdict, tuple(seen[:-1]), seen[-1].content
-    raw = thread.messages[-1].content
+    turn.input, turn.history, turn.asked = verdict, asked.seen[:-1], asked.seen[-1].content
+    raw = asked.vault.hide(thread.messages[-1].content, everywhere=True)
     turn.withheld_asked = raw if raw != turn.asked else ""
-    return verdict, seen
+    return asked
+
+
+async def _sealed(service: Service, policy: Policy, turn: Turn, thread: Thread) -> _Asked:
+    """What is asked, judged, its values in the vault; while the database is down they are redacted for good.
+
+    Rules that ask a language model are read while the reply is already being made (`_judged_on`), unless they redact:
+    then the model must not see what they have not read.
+    """
+
+    async def judged(vault: Vault) -> _Asked:
+        context = Context(thread.messages, service.backend, policy.persona, service.judges.of_turn(), vault)
+        judging = Judging(policy.input, thread.messages, context, thread.trusted)
+        verdict, seen = await judging.begin()
+        if any(rule.action is Action.REDACT for rule in judging.waiting):
+            verdict, seen = await judging.finish()
+        hidden = tuple(replace(message, content=vault.hide(message.content)) for message in seen)
+        return _Asked(judging, verdict, hidden, vault)
+
+    try:
+        for _ in range(SEALING if any(rule.vault for rule in policy.input) else 0):
+            asked = await judged(await service.vaults.open(turn, thread.messages))
+            if await service.vaults.keep(turn, asked.vault):
+                return asked
+    except StoreDown:
+        service.metrics.store_errors.inc()
+    return await judged(Vault(room=0))
 
 
 async def _judged_on(service: Service, turn: Turn, judging: Judging) -> Verdict:
@@ -104,12 +134,14 @@ async def _judged_on(service: Service, turn: Turn, judging: Judging) -> Verdict:
     return turn.input
 
 
-def _prompt(policy: Policy, seen: Sequence[Message], news: Sequence[Ticket]) -> tuple[Message, ...]:
+def _prompt(policy: Policy, asked: _Asked, news: Sequence[Ticket]) -> tuple[Message, ...]:
     """The persona and the client's own system text as one system message, then the conversation.
 
     What people answered stands in it without the words that announce a person, lest the model imitate them.
     """
+    seen = asked.seen
     system = [policy.persona, *(message.content for message in seen if message.role in SYSTEM)]
+    system += [NOTE] if asked.vault.values else []
     head = "\n\n".join(text for text in system if text.strip())
     talk = [message for message in seen if message.role not in SYSTEM]
     told = [Message("assistant", "\n\n".join(ticket.answer for ticket in news))] if news else []
@@ -119,20 +151,32 @@ def _prompt(policy: Policy, seen: Sequence[Message], news: Sequence[Ticket]) -> 
 class _Reply:
     """What is being said in one turn. A client that does not stream is given nothing before the verdict."""
 
-    def __init__(self, service: Service, policy: Policy, turn: Turn, context: Context, thread: Thread, started: float):
+    def __init__(self, service: Service, policy: Policy, turn: Turn, asked: _Asked, thread: Thread, started: float):
         self._service, self._policy, self._turn, self._thread = service, policy, turn, thread
-        self._messages, self._started = context.messages, started
+        self._started = started
         self._lead = f"{thread.greeting}\n\n" if thread.news else ""
         self._said: list[str] = []
-        self._guard = Guard(policy.output, context)
+        self._told: list[str] = []
+        self._restorer = Restorer(asked.vault.values)
+        self._guard = Guard(policy.output, replace(asked.judging.context, messages=asked.seen))
         self._judging = 0.0
         self.closed = False
 
     def _say(self, text: str) -> str:
-        """The text, after what has to be said before anything else; noted as said."""
+        """The text as the client is told it, after what has to be said before anything else.
+
+        It is noted as said with placeholders; the client is told what they stand for.
+        """
         piece, self._lead = self._lead + text, ""
         self._said.append(piece)
-        return piece
+        self._told.append(self._restorer.feed(piece))
+        return self._told[-1]
+
+    def _end(self, text: str) -> str:
+        """The same for the last text of the reply."""
+        piece = self._say(text)
+        self._told.append(self._restorer.finish())
+        return piece + self._told[-1]
 
     async def stop(self, verdict: Verdict, lead: str = "") -> str:
         """The reply of a rule, with a ticket's number when a person takes over."""
@@ -140,7 +184,7 @@ class _Reply:
         turn.action, turn.rule = verdict.action.word, verdict.rule
         turn.finish_reason = "content_filter" if verdict.action is Action.REFUSE else "stop"
         reference = f"\n\n{await self._hand_over(verdict)}" if verdict.action is Action.ESCALATE else ""
-        return self._say(lead + verdict.text + reference)
+        return self._end(lead + verdict.text + reference)
 
     async def _hand_over(self, verdict: Verdict) -> str:
         """What the client is told about the turn's ticket: a new one, unless one like it waits for a person."""
@@ -204,7 +248,7 @@ class _Reply:
         turn.action, turn.rule = strictest.action.word, strictest.rule
         lines = [line for line in appended(self._policy.input, asked) if line not in verdict.closing]
         ending = verdict.closing + "".join(f"\n\n{line}" for line in lines)
-        return self._say((last if turn.streamed else verdict.kept) + ending)
+        return self._end((last if turn.streamed else verdict.kept) + ending)
 
     async def close(self, error: str = "") -> None:
         """Records the turn as it was said, once, even when the client goes meanwhile."""
@@ -218,7 +262,7 @@ class _Reply:
         if turn.output is None:
             turn.withheld_said = self._guard.draft
         if turn.said and not error:
-            after = (*self._messages, Message("assistant", turn.said))
+            after = (*self._thread.messages, Message("assistant", "".join(self._told)))
             turn.tail_hash = self._service.fingerprint(turn.tenant, turn.subject, after)
         news = () if error else self._thread.news
         await asyncio.shield(self._service.spawn(_record(self._service, turn, news)))

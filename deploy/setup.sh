@@ -73,5 +73,6 @@ if ! .venv/bin/python -c '' 2>/dev/null; then
 fi
 has_torch 2>/dev/null || step "PyTorch $torch" install_torch
 step "newel with $extras, and its libraries (log: $log)" pip install --constraint constraints.txt --editable ".[$extras]"
+step "The encoder of the guard's classifiers" .venv/bin/newel guard pull
 touch .venv/.demo
 [ "$1" = demo ] || touch .venv/.dev

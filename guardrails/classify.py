@@ -9,6 +9,8 @@ from guardrails.encoder import encoder, require
 from guardrails.heads import Head, Seen
 from guardrails.types import Context, Finding
 
+OPENING = 280
+"""Characters of a reply's beginning, about two sentences."""
 LEAST = 0.1
 """Windows that score less are not findings; a rule's threshold is far above."""
 
@@ -24,16 +26,24 @@ async def seen(head: Head, text: str) -> list[Seen]:
     return head.read(text, await encoder().embed(text))
 
 
+def opening(text: str) -> str:
+    """The beginning of a reply, in which it is said whether it refuses: OPENING characters, to the end of the word."""
+    if len(text) <= OPENING:
+        return text
+    end = text.find(" ", OPENING, OPENING + 40)
+    return text[: end if end > 0 else OPENING]
+
+
 class Classifier:
     """A validator for what one head finds; `labels` are those that count."""
 
-    def __init__(self, head: Head, labels: Collection[str]):
-        self.head, self.labels = head, frozenset(labels)
+    def __init__(self, head: Head, labels: Collection[str], only_opening: bool = False):
+        self.head, self.labels, self.only_opening = head, frozenset(labels), only_opening
 
     async def find(self, text: str, context: Context) -> Sequence[Finding]:
         """A finding for each window that scores at least LEAST, over the window's span."""
         return [
             Finding(one.label, one.start, one.end, one.score)
-            for one in await seen(self.head, text)
+            for one in await seen(self.head, opening(text) if self.only_opening else text)
             if one.score >= LEAST and one.label in self.labels
         ]

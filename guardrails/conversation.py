@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from guardrails.engine import Redaction, redact
-from guardrails.reading import LONG, Seen, find, once
+from guardrails.reading import LONG, Seen, find, once, streams
 from guardrails.types import (
     BROKEN_REPLY,
     Action,
@@ -22,7 +22,6 @@ from guardrails.types import (
     Message,
     Role,
     Rule,
-    StreamValidator,
     Verdict,
 )
 
@@ -51,6 +50,7 @@ class Judging:
         self.seen = [Seen(message.content) for message in messages]
         self._hits: dict[str, list[Hit]] = {}
         self._redactions: dict[int, list[Redaction]] = {}
+        self._sealed: tuple[Message, ...] = ()
         self._long = any(len(message.content) > LONG for message in messages)
 
     async def begin(self) -> tuple[Verdict, tuple[Message, ...]]:
@@ -93,7 +93,12 @@ class Judging:
         return [*watched, *(rule for rule in rules if rule.mode == "enforce" and rule.action > stopped)]
 
     async def _ask(self, rules: Sequence[Rule]) -> None:
-        await asyncio.gather(*(self._read(rule) for rule in self._due(rules)))
+        """Reads rules that ask a model: first those that redact, so that the others ask about what is left."""
+        due = self._due(rules)
+        await asyncio.gather(*(self._read(rule) for rule in due if rule.action is Action.REDACT))
+        if self.context.vault is not None and self._redactions:
+            self._sealed = tuple(self._redacted(i) for i in range(len(self.messages)))
+        await asyncio.gather(*(self._read(rule) for rule in due if rule.action is not Action.REDACT))
 
     async def _read(self, rule: Rule) -> None:
         places = [i for i in in_scope(rule, self.messages) if i not in self.settled]
@@ -101,6 +106,9 @@ class Judging:
             places = [i for i in places if i >= self.trusted]
         if _tier(rule) <= 0:
             results = [await find(rule, self.seen[i], self.context) for i in places]
+        elif self._sealed and rule.action is not Action.REDACT:  # what a model is asked is a prompt, too
+            context = replace(self.context, messages=self._sealed)
+            results = await asyncio.gather(*(find(rule, Seen(self._sealed[i].content), context) for i in places))
         else:
             results = await asyncio.gather(*(find(rule, self.seen[i], self.context) for i in places))
         for place, (findings, broken) in zip(places, results, strict=True):
@@ -136,11 +144,15 @@ class Judging:
 
     def _shown(self) -> Iterable[Message]:
         """The conversation as the model may see it."""
-        for i, message in enumerate(self.messages):
+        for i in range(len(self.messages)):
             if i in self.settled:
                 continue
-            found, text = self._redactions.get(i), message.content
-            yield replace(message, content=redact(text, found, 0, 0, len(text))[0]) if found else message
+            yield self._redacted(i)
+
+    def _redacted(self, place: int) -> Message:
+        message, found = self.messages[place], self._redactions.get(place)
+        text = message.content
+        return replace(message, content=redact(text, found, 0, 0, len(text))[0]) if found else message
 
 
 async def judge_messages(
@@ -160,7 +172,7 @@ def _tier(rule: Rule) -> int:
     """-1: looks at the length; 0: reads the text alone; 1: asks a model of its own; 2: asks a language model."""
     if rule.confirm is not None:
         return 2
-    return int(getattr(rule.validator, "tier", 0 if isinstance(rule.validator, StreamValidator) else 1))
+    return int(getattr(rule.validator, "tier", 0 if streams(rule.validator) else 1))
 
 
 def in_scope(rule: Rule, messages: Sequence[Message]) -> list[int]:

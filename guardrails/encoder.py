@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections import OrderedDict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -41,8 +40,6 @@ LONG = 16_000
 """Characters up to which a text is tokenised whole; of a longer one only the places where its windows are."""
 PIECE = 1200
 """Characters that are tokenised for one window of a long text."""
-BATCH = 16
-"""Windows that are computed together, at most."""
 KEPT = 1024
 """Texts whose windows are remembered: at most 12 KB each."""
 
@@ -91,17 +88,19 @@ def encoder() -> Encoder:
 
 
 class Encoder:
-    """Turns texts into windows, in a thread of its own; texts that wait for it are computed together."""
+    """Turns texts into windows, in threads of its own.
+
+    Each window is computed alone: dynamic int8 scales by what is in the batch, and a verdict must not depend on who
+    else is asking. On one core a batch is hardly faster.
+    """
 
     def __init__(self, where: Path | None = None, threads: int = 0):
-        """`where` instead of `folder()`; `threads` computes one batch (NEWEL_ENCODER_THREADS, else 1)."""
+        """`where` instead of `folder()`; `threads` compute a text each (NEWEL_ENCODER_THREADS, else 1)."""
         self._where = where
-        self._threads = threads or int(os.environ.get("NEWEL_ENCODER_THREADS", "1"))
-        self._pool = ThreadPoolExecutor(1, "encoder")
+        self._pool = ThreadPoolExecutor(threads or int(os.environ.get("NEWEL_ENCODER_THREADS", "1")), "encoder")
         self._model: tuple[Tokenizer, InferenceSession] | None = None
-        self._lock = Lock()
+        self._loading, self._lock = Lock(), Lock()
         self._known: OrderedDict[bytes, Future[Windows]] = OrderedDict()
-        self._waiting: deque[tuple[str, bytes, Future[Windows]]] = deque()
         self.passes = 0
         """Texts that were computed, for tests and measurements."""
 
@@ -110,65 +109,36 @@ class Encoder:
         # the shield: one rule that ran out of time must not take the windows from the others
         return await asyncio.shield(asyncio.wrap_future(self._future(text)))
 
-    def embed_all(self, texts: Sequence[str]) -> list[Windows]:
-        """The windows of many texts, computed by the calling thread and not remembered."""
-        return self._compute(texts)
-
     def _future(self, text: str) -> Future[Windows]:
         key = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         with self._lock:
-            if known := self._known.get(key):
-                self._known.move_to_end(key)
-                return known
-            future: Future[Windows] = Future()
-            self._known[key] = future
-            self._waiting.append((text, key, future))
+            known = self._known.get(key)
+            if known is None or (known.done() and known.exception()):
+                known = self._known[key] = self._pool.submit(self.windows, text)
+            self._known.move_to_end(key)
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
-        self._pool.submit(self._work)
-        return future
+        return known
 
-    def _work(self) -> None:
-        """Computes whatever waits, in one go; a text that came meanwhile waits for the next."""
-        with self._lock:
-            work = list(self._waiting)
-            self._waiting.clear()
-        if not work:
-            return
-        try:
-            results = self._compute([text for text, _, _ in work])
-        except Exception as error:  # whatever it is belongs to those who wait
-            with self._lock:
-                for _, key, _ in work:
-                    self._known.pop(key, None)
-            for _, _, future in work:
-                future.set_exception(error)
-            return
-        for (_, _, future), result in zip(work, results, strict=True):
-            future.set_result(result)
-
-    def _compute(self, texts: Sequence[str]) -> list[Windows]:
-        tokenizer, session = self._model = self._model or _load(self._where or require(), self._threads)
-        self.passes += len(texts)
-        cuts = [_cut(tokenizer, text) for text in texts]
-        flat = [one for cut in cuts for one in cut]
-        vectors = np.zeros((len(flat), SIZE), np.float32)
-        for batch in _batches([len(one.ids) for one in flat]):
-            vectors[batch] = _run(session, [flat[i].ids for i in batch])
-        found, at = [], 0
-        for cut in cuts:
-            found.append(Windows(tuple(one.span for one in cut), vectors[at : at + len(cut)]))
-            at += len(cut)
-        return found
+    def windows(self, text: str) -> Windows:
+        """The windows of a text, computed by the calling thread and not remembered."""
+        with self._loading:
+            tokenizer, session = self._model = self._model or _load(self._where or require())
+        self.passes += 1
+        cuts = _cut(tokenizer, text)
+        vectors = np.zeros((len(cuts), SIZE), np.float32)
+        for i, cut in enumerate(cuts):
+            vectors[i] = _run(session, cut.ids)
+        return Windows(tuple(cut.span for cut in cuts), vectors)
 
 
-def _load(where: Path, threads: int) -> tuple[Tokenizer, InferenceSession]:
+def _load(where: Path) -> tuple[Tokenizer, InferenceSession]:
     """The tokenizer and the model, ready; about 0.2 s and 60 MB."""
     from onnxruntime import InferenceSession, SessionOptions
     from tokenizers import Tokenizer
 
     options = SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     tokenizer = Tokenizer.from_file(str(where / "tokenizer.json"))
@@ -212,24 +182,9 @@ def _places(tokens: int) -> list[tuple[int, int]]:
     return [(start, start + TOKENS) for start in starts]
 
 
-def _batches(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of windows that are computed together: of like lengths, for padding costs more than a batch saves."""
-    batches: list[list[int]] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batches and len(batches[-1]) < BATCH and lengths[i] <= 1.1 * lengths[batches[-1][0]]:
-            batches[-1].append(i)
-        else:
-            batches.append([i])
-    return batches
-
-
-def _run(session: InferenceSession, rows: Sequence[list[int]]) -> Vectors:
-    """The vectors of windows: (rows, SIZE)."""
-    ids = np.zeros((len(rows), max(map(len, rows))), np.int64)
-    mask = np.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    feed = {"input_ids": ids, "attention_mask": mask, "token_type_ids": np.zeros_like(ids)}
-    hidden = np.asarray(session.run(None, feed)[0])  # (rows, tokens, SIZE)
-    pooled = np.einsum("rts,rt->rs", hidden, mask.astype(np.float32))
-    return np.asarray(pooled / np.maximum(np.linalg.norm(pooled, axis=1, keepdims=True), 1e-12), np.float32)
+def _run(session: InferenceSession, tokens: list[int]) -> Vectors:
+    """The vector of one window: (SIZE,)."""
+    ids = np.array([tokens], np.int64)
+    feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    mean = np.asarray(session.run(None, feed)[0], np.float32)[0].mean(axis=0)  # of (tokens, SIZE)
+    return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-12), np.float32)

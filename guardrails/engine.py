@@ -22,6 +22,9 @@ from guardrails.reading import Reader
 from guardrails.types import BROKEN_REPLY, Action, Context, Finding, Hit, Placeholders, Rule, Verdict
 from guardrails.views import Views
 
+Write = Callable[[str, int, int], str]
+"""How a placeholder is written in the place of `text[start:end]`."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Redaction:
@@ -38,6 +41,10 @@ class Redaction:
         if rule.vault and vault is not None:
             placeholder = vault.placeholder(finding.label, text[finding.start : finding.end])
         return cls(finding.start, -finding.end, placeholder)
+
+    def written(self, write: Write | None) -> Redaction:
+        """The redaction with its placeholder as it is written in its place."""
+        return replace(self, placeholder=write(self.placeholder, self.start, -self.minus_end)) if write else self
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -85,12 +92,12 @@ class Guard:
     """One text on its way out: `feed` it pieces, release what comes back, `finish` for the verdict.
 
     Where `asking` is true after `feed`, a rule is to be asked about whole sentences: `await ask()` for what that
-    releases. escape: how a placeholder is written into the text (as in a JSON string, say).
+    releases. write: how a placeholder is written in the place of `text[start:end]` (in JSON, say).
     """
 
-    def __init__(self, rules: Sequence[Rule], context: Context | None = None, escape: Callable[[str], str] = str):
+    def __init__(self, rules: Sequence[Rule], context: Context | None = None, write: Write | None = None):
         readers = [Reader(order, rule) for order, rule in enumerate(rules)]
-        self._context, self._escape = context or Context(), escape
+        self._context, self._write = context or Context(), write
         self._all = readers
         self._streaming = [reader for reader in readers if not reading.whole(reader.rule)]
         self._sentences = [one for one in readers if reading.whole(one.rule) and one.rule.every == "sentence"]
@@ -149,7 +156,7 @@ class Guard:
                 self._note(reader, findings)
             self._held = False
             piece += self._release(len(self._text), final=True)
-        return piece, self._verdict()
+        return piece, self.verdict()
 
     async def _ask_whole(self) -> list[list[Finding]]:
         return await asyncio.gather(*(reader.ask_whole(self._text, self._context) for reader in self._whole))
@@ -190,8 +197,7 @@ class Guard:
             insort(self._stops, stop)
         if reader.enforced and reader.rule.action is Action.REDACT:
             for finding in findings:
-                redaction = Redaction.of(reader.rule, finding)
-                insort(self._redactions, replace(redaction, placeholder=self._escape(redaction.placeholder)))
+                insort(self._redactions, Redaction.of(reader.rule, finding).written(self._write))
 
     def _release(self, settled: int, final: bool) -> str:
         """The newly certain text; a stop that is certain ends it (a broken rule's stop is certain at once)."""
@@ -208,7 +214,8 @@ class Guard:
         self._kept.append(piece)
         return piece
 
-    def _verdict(self) -> Verdict:
+    def verdict(self) -> Verdict:
+        """The verdict as it stands; the one on the whole text is what `finish` returns."""
         stop = self._stops[0] if self.stopped else None
         before = stop.start if stop else len(self._text)
         hits = tuple(hit for reader in self._all if (hit := _hit(reader, before)))

@@ -164,7 +164,7 @@ def _load(path: Path, changed: int) -> Head:
 def read(path: Path) -> Head:
     """The head in a file; raises HeadError for one that is damaged or not a head."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             said = json.loads(file["head"].tobytes())
             head = Head(
                 name=said["name"],

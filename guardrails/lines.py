@@ -27,15 +27,6 @@ def lines(source: str) -> dict[Path, int]:
     return _Scan(list(_tokens(source))).document()
 
 
-def longest_key(source: str) -> int:
-    """How many parts the longest dotted key has, of any text: each of them costs as much as all before it."""
-    longest, parts, after = 0, 0, ""
-    for token, _ in _tokens(source):
-        parts = parts + 1 if token != "." and after == "." else parts if token == "." else 1
-        longest, after = max(longest, parts), token
-    return longest
-
-
 def nearest(places: dict[Path, int], path: Path) -> int:
     """The line of `path`, or of the nearest table around it that is written down; 1 when there is none."""
     while path and path not in places:

@@ -49,8 +49,9 @@ PART = re.compile(r"(?<!\\)(?<!\\[pPN])\{([a-z_]{2,})\}")
 LONGEST_FILE, LONGEST_PATTERN, LONGEST_EXAMPLE = 1_000_000, 100_000, 1_000_000
 """Characters of a file, of a pattern with its parts filled in, of an example with its repeats."""
 
-LONGEST_KEY = 50
-"""Parts of a dotted key."""
+_KEY = r"""(?:(?<![\w-])[\w-]++|"[^"\n]*+"|'[^'\n]*+')"""
+LONG_KEY = re.compile(rf"{_KEY}(?:[ \t]*+\.[ \t]*+{_KEY}){{50}}")
+"""A dotted key of which each part costs `tomllib` as much as all before it."""
 
 MOST_MISTAKES = 20
 """How many mistakes of one table are told at most."""
@@ -403,8 +404,9 @@ def _parsed(layer: _Layer) -> bool:
         layer.source.encode()
         if len(layer.source) > LONGEST_FILE:
             what, advice = f"the file has more than {LONGEST_FILE:,} characters", "divide it: extend another policy"
-        elif lines.longest_key(layer.source) > LONGEST_KEY:
-            what, advice = f"a key has more than {LONGEST_KEY} parts", "write tables less nested"
+        elif long := LONG_KEY.search(layer.source):
+            line = layer.source.count("\n", 0, long.start()) + 1
+            what, advice = "a key has more than 50 parts", "write tables less nested"
         else:
             layer.top = tomllib.loads(layer.source)
             layer.places = lines.lines(layer.source)

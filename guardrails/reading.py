@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeGuard
 
 import regex
 
@@ -22,9 +23,14 @@ SENTENCE_CHARACTERS, SENTENCE_MOST = 60, 600
 _END = regex.compile(r"[.!?…。！？]+[\"'”’)\]]*\s+|\n+\s*|[。！？]")
 
 
+def streams(validator: Validator) -> TypeGuard[StreamValidator]:
+    """True for a validator that can read a growing text (`isinstance` with a protocol is slow)."""
+    return hasattr(validator, "readings")
+
+
 def whole(rule: Rule) -> bool:
     """True for a rule that cannot read a growing text by itself."""
-    return rule.confirm is not None or not isinstance(rule.validator, StreamValidator)
+    return rule.confirm is not None or not streams(rule.validator)
 
 
 class Seen:
@@ -97,14 +103,14 @@ async def _found(rule: Rule, seen: Seen, context: Context) -> list[Finding]:
 
 async def _first(rule: Rule, seen: Seen, context: Context) -> Sequence[Finding]:
     """What the rule's own validator finds; for one that reads the text alone, what it found before."""
-    streams = isinstance(rule.validator, StreamValidator)
-    key = (f"{rule.key}{rule.views}", seen.digest) if rule.key and streams else None
+    alone = streams(rule.validator)
+    key = (f"{rule.key}{rule.views}", seen.digest) if rule.key and alone else None
     known = REMEMBERED.get(key) if key else None
     if known is not None:
         return known
-    if streams and len(seen.text) > LONG:
+    if alone and len(seen.text) > LONG:
         findings = await _aside(rule, seen)
-    elif streams:
+    elif alone:
         findings = await _in_views(rule, seen, seen.views if rule.views else (), context)
     else:
         findings = await _in_views(rule, seen, _disguised(seen) if rule.views else (), context)
@@ -163,7 +169,7 @@ async def _confirmed(rule: Rule, findings: list[Finding], text: str, context: Co
 
 
 def _readings(validator: Validator) -> Sequence[Reading]:
-    return validator.readings() if isinstance(validator, StreamValidator) else ()
+    return validator.readings() if streams(validator) else ()
 
 
 def once(findings: Iterable[Finding]) -> list[Finding]:

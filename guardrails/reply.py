@@ -1,93 +1,248 @@
 """A reply that is more than one text: what is said, the reasoning before it, the arguments of tool calls.
 
-Every one of them passes the same rules, each as a text of its own; a stop in any of them ends the whole reply.
+Every one of them passes the same rules, each as a text of its own; a stop in any of them ends the whole reply. A
+validator may say by `channels` what it reads: a JSON schema is for what is said, an allow-list of tools for calls.
+
+Invariant: what is released of a channel is the beginning of what its rules would deliver of it alone, and all of it
+where nothing stops the reply, for any pieces in any order.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
-from guardrails.engine import Guard
+from guardrails.arguments import Arguments
+from guardrails.engine import Guard, judge
 from guardrails.types import Action, Context, Hit, Rule, Verdict
 
-CONTENT, REASONING, ARGUMENTS = "content", "reasoning", "arguments"
+CONTENT, REASONING, ARGUMENTS, CALL = "content", "reasoning", "arguments", "call"
+EVERYWHERE = (CONTENT, REASONING, ARGUMENTS)
+NOT_OFFERED = "tool-not-offered"
+"""What stops a reply that calls a tool which it was not offered, as a rule's name."""
+NOT_OFFERED_REPLY = "The answer was stopped, because it would have used a tool that it was not given."
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What may be released in a channel now; the first piece of a tool call has its `name`."""
+
+    channel: str
+    text: str
+    name: str = ""
 
 
 class Reply:
     """One reply on its way out: `feed` it the pieces of its channels, release what comes back, `finish`.
 
-    A channel is `content`, `reasoning`, or `arguments:N` for the arguments of the tool call of that number, which are
-    JSON: placeholders are escaped as the inside of a string there. Only what is said gets lines appended.
+    A channel is `content`, `reasoning`, or `arguments:N` for the tool call of that number. offered: the tools that may
+    be called. structured: what is said is JSON, as arguments are; nothing is appended to it. restored: the arguments
+    as the tool gets them, for the rules that read whole calls; where there are such rules, calls wait for the end.
     """
 
-    def __init__(self, rules: Sequence[Rule], context: Context | None = None):
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        context: Context | None = None,
+        *,
+        offered: Collection[str] = (),
+        structured: bool = False,
+        restored: Callable[[str], str] = str,
+    ):
         self._rules, self._context = rules, context
-        self._guards: dict[str, Guard] = {}
+        self._offered, self._structured, self._restored = offered, structured, restored
+        self._call_rules = [rule for rule in rules if CALL in reads(rule)]
+        self._held = any(rule.mode == "enforce" for rule in self._call_rules)
+        self._parts: dict[str, _Part] = {}
         self._stopped = ""
+        self._unknown = False
 
     @property
     def stopped(self) -> bool:
         """True when nothing more will be released in any channel."""
         return bool(self._stopped)
 
-    def draft(self, channel: str = CONTENT) -> str:
-        """Everything that was fed to a channel, as it was written."""
-        return self._guards[channel].draft if channel in self._guards else ""
-
-    def feed(self, channel: str, delta: str) -> str:
-        """What may be released in this channel now that `delta` has come."""
-        guard = self._guard(channel)
-        return "" if self.stopped else self._released(channel, guard, guard.feed(delta))
-
     @property
     def asking(self) -> str:
         """The channel in which a rule waits to be asked about a sentence that is complete, or empty."""
-        return next((name for name, guard in self._guards.items() if not self.stopped and guard.asking), "")
+        return next((name for name, part in self._parts.items() if not self.stopped and part.guard.asking), "")
 
-    async def ask(self) -> tuple[str, str]:
-        """(the channel that was waiting, what may be released in it now)."""
+    @property
+    def calls(self) -> list[str]:
+        """The channels of the tool calls, in the order of their numbers."""
+        return sorted((name for name in self._parts if _is_call(name)), key=_order)
+
+    def name(self, channel: str) -> str:
+        """The name of the tool that is called in this channel."""
+        return self._parts[channel].name
+
+    def draft(self, channel: str = CONTENT) -> str:
+        """Everything that was fed to a channel, as it was written (escapes in JSON apart)."""
+        return self._parts[channel].guard.draft if channel in self._parts else ""
+
+    def released(self, channel: str = CONTENT) -> str:
+        """Everything that was released in a channel."""
+        return self._parts[channel].given if channel in self._parts else ""
+
+    def feed(self, channel: str, delta: str, name: str = "") -> list[Piece]:
+        """What may be released now that `delta` has come, and with it perhaps a part of the name of the tool.
+
+        A name ends where its arguments begin.
+        """
+        if self.stopped:
+            return []
+        part = self._part(channel)
+        if not part.begun:
+            part.name += name
+        if delta and _is_call(channel) and not self._begin(channel, part):
+            return []
+        return self._release(channel, part.feed(delta)) if delta else []
+
+    async def ask(self) -> list[Piece]:
+        """What may be released now that the rules that read sentences have been asked about a complete one."""
         name = self.asking
-        return name, self._released(name, self._guards[name], await self._guards[name].ask()) if name else ""
+        return self._release(name, await self._parts[name].guard.ask()) if name else []
 
-    async def finish(self) -> tuple[dict[str, str], Verdict]:
+    async def finish(self) -> tuple[list[Piece], Verdict]:
         """(the last piece of each channel, the verdict on the reply): everything ends here."""
-        self._guard(CONTENT)
-        pieces: dict[str, str] = {}
-        verdicts: dict[str, Verdict] = {}
-        names = [self._stopped] if self.stopped else list(self._guards)
-        for name in names:
-            piece, verdicts[name] = await self._guards[name].finish()
+        for name in self.calls:
             if not self.stopped:
-                pieces[name] = piece
-            if verdicts[name].action.stops:
-                self._stopped = self._stopped or name
-                break
-        return pieces, self._verdict(verdicts)
+                self._begin(name, self._parts[name])
+        if not self.calls:
+            self._part(CONTENT)
+        if self.stopped:
+            return await self._end_of_stopped(), self._stop_verdict()
+        names = sorted((name for name in self._parts if not self._silent(name)), key=_order)
+        lasts = await asyncio.gather(*(self._parts[name].finish() for name in names))
+        stops = [name for name in names if self._parts[name].verdict.action.stops]
+        if stops:
+            self._stopped = max(stops, key=lambda name: self._parts[name].verdict.action)
+            last = dict(zip(names, lasts, strict=True))[self._stopped]
+            return self._give(self._stopped, last), self._stop_verdict()
+        await asyncio.gather(*(self._judge_call(self._parts[name]) for name in self.calls))
+        if refused := [name for name in self.calls if self._parts[name].call.action.stops]:
+            self._stopped = max(refused, key=lambda name: self._parts[name].call.action)
+            return [], self._stop_verdict()
+        pieces = [piece for name, last in zip(names, lasts, strict=True) for piece in self._give(name, last, True)]
+        return pieces, self._verdict()
 
-    def _guard(self, channel: str) -> Guard:
-        if channel not in self._guards:
-            escape = _inside if channel.startswith(ARGUMENTS) else str
-            self._guards[channel] = Guard(self._rules, self._context, escape)
-        return self._guards[channel]
+    def _part(self, channel: str) -> _Part:
+        if channel not in self._parts:
+            kind = ARGUMENTS if _is_call(channel) else channel
+            rules = [rule for rule in self._rules if kind in reads(rule)]
+            in_json = kind == ARGUMENTS or (self._structured and kind == CONTENT)
+            self._parts[channel] = _Part(rules, self._context, in_json)
+        return self._parts[channel]
 
-    def _released(self, channel: str, guard: Guard, piece: str) -> str:
-        if guard.stopped:
+    def _silent(self, channel: str) -> bool:
+        """True for the white space that a model may write beside its tool calls: nothing is said there."""
+        return channel == CONTENT and bool(self.calls) and not self.draft().strip()
+
+    def _begin(self, channel: str, part: _Part) -> bool:
+        """True when the tool of this call, whose name is complete now, may be called."""
+        part.begun = True
+        if part.name not in self._offered:
+            self._stopped, self._unknown = channel, True
+        return not self.stopped
+
+    def _release(self, channel: str, text: str) -> list[Piece]:
+        if self._parts[channel].guard.stopped:
             self._stopped = channel
-        return piece
+        return self._give(channel, text)
 
-    def _verdict(self, verdicts: dict[str, Verdict]) -> Verdict:
-        hits: tuple[Hit, ...] = tuple(hit for verdict in verdicts.values() for hit in verdict.hits)
-        if self._stopped:
-            stop = verdicts[self._stopped]
-            kept = stop.kept if self._stopped == CONTENT else ""
-            return Verdict(stop.action, stop.text, kept, stop.rule, stop.route, hits)
-        said = verdicts[CONTENT]
-        strictest = max(verdicts.values(), key=lambda verdict: verdict.action)
-        action = strictest.action if strictest.action > Action.APPEND else said.action
-        return Verdict(action, said.text, said.kept, (strictest if action > said.action else said).rule, hits=hits)
+    def _give(self, channel: str, text: str, final: bool = False) -> list[Piece]:
+        """What is given out of a channel now that its rules have released `text`: calls may have to wait for the end.
+
+        A call that its rules want to have redacted is left out.
+        """
+        part = self._parts[channel]
+        part.waiting += text
+        if _is_call(channel) and (part.call.action is Action.REDACT or (self._held and not final)):
+            return []
+        opening = part.name if final or part.waiting else ""
+        piece = Piece(channel, part.waiting, "" if part.opened else opening)
+        part.given, part.waiting = part.given + part.waiting, ""
+        part.opened = part.opened or bool(piece.name)
+        return [piece] if piece.text or piece.name else []
+
+    async def _judge_call(self, part: _Part) -> None:
+        call = {"name": part.name, "arguments": self._restored(part.verdict.kept)}
+        part.call = await judge(self._call_rules, json.dumps(call, ensure_ascii=False), self._context)
+
+    async def _end_of_stopped(self) -> list[Piece]:
+        part = self._parts[self._stopped]
+        return [] if self._unknown else self._give(self._stopped, await part.finish())
+
+    def _stop_verdict(self) -> Verdict:
+        part = self._parts[self._stopped]
+        stop = part.call if part.call.action.stops else part.verdict
+        if self._unknown:
+            hit = Hit(NOT_OFFERED, Action.REFUSE, "enforce")
+            stop = Verdict(Action.REFUSE, NOT_OFFERED_REPLY, rule=NOT_OFFERED, hits=(hit,))
+        return Verdict(stop.action, stop.text, self.released(), stop.rule, stop.route, self._hits(stop.hits))
+
+    def _verdict(self) -> Verdict:
+        """The verdict on a reply that nothing stops: lines are appended to what is said only."""
+        said = Verdict(Action.ALLOW, self.released(), self.released())
+        if CONTENT in self._parts and not self._silent(CONTENT):
+            said = self._parts[CONTENT].verdict
+        verdicts = [said, *(verdict for part in self._parts.values() for verdict in (part.verdict, part.call))]
+        strictest = max(verdicts, key=lambda verdict: verdict.action if verdict.action > Action.APPEND else 0)
+        decider = strictest if strictest.action > max(said.action, Action.APPEND) else said
+        text = said.kept if self._structured else said.text
+        return Verdict(decider.action, text, said.kept, decider.rule, hits=self._hits(()))
+
+    def _hits(self, more: Sequence[Hit]) -> tuple[Hit, ...]:
+        """What every rule saw in any channel."""
+        parts = [self._parts[name] for name in sorted(self._parts, key=_order)]
+        hits = [hit for part in parts for hit in (*part.hits, *part.call.hits)]
+        return tuple(dict.fromkeys((*more, *hits)))
 
 
-def _inside(placeholder: str) -> str:
-    """The placeholder as it is written inside a JSON string."""
-    return json.dumps(placeholder, ensure_ascii=False)[1:-1]
+class _Part:
+    """One channel: its guard, what was given out of it, and what was decided about it at its end.
+
+    waiting: what its rules have released and is not given out yet. call: the verdict on the whole tool call. begun: its
+    arguments have begun; opened: its name was given out.
+    """
+
+    __slots__ = ("_json", "begun", "call", "given", "guard", "name", "opened", "verdict", "waiting")
+
+    def __init__(self, rules: Sequence[Rule], context: Context | None, in_json: bool):
+        self._json = Arguments() if in_json else None
+        self.guard = Guard(rules, context, self._json.placeholder if self._json else None)
+        self.verdict = self.call = Verdict(Action.ALLOW, "")
+        self.given = self.waiting = self.name = ""
+        self.begun = self.opened = False
+
+    @property
+    def hits(self) -> tuple[Hit, ...]:
+        """What its rules have seen."""
+        return self.guard.verdict().hits
+
+    def feed(self, delta: str) -> str:
+        """What its rules release now."""
+        return self.guard.feed(self._json.feed(delta) if self._json else delta)
+
+    async def finish(self) -> str:
+        """What its rules release at the end; `verdict` is the one on all of it then."""
+        rest = self.guard.feed(self._json.finish()) if self._json else ""
+        last, self.verdict = await self.guard.finish()
+        return rest + last
+
+
+def reads(rule: Rule) -> Collection[str]:
+    """What a rule reads of a reply: `content`, `reasoning`, `arguments`; or `call`, a tool call as a whole."""
+    channels: Collection[str] = getattr(rule.validator, "channels", EVERYWHERE)
+    return channels
+
+
+def _is_call(channel: str) -> bool:
+    return channel.startswith(ARGUMENTS)
+
+
+def _order(channel: str) -> tuple[int, int]:
+    kind, _, number = channel.partition(":")
+    return (REASONING, CONTENT, ARGUMENTS).index(kind), int(number or 0)

@@ -195,7 +195,10 @@ class SpansReading:
             sign, pair = text[at], text[at - 1 : at + 1] if at else text[0]
             if begun:
                 begun = self._moved(begun, sign)
-            state = opened[pair] if pair in opened else scanner.open(pair)
+            try:
+                state = opened[pair]
+            except KeyError:  # not seen before, or forgotten since by another thread
+                state = scanner.open(pair)
             if state is not None:
                 begun.append((at, at, state))
                 if state.done:

@@ -61,7 +61,7 @@ def environment(peer: Peer, cache: Path, tell: Told) -> Path:
     tell(f"installing {peer.name} in {place}; the first time only, up to some minutes")
     cache.mkdir(parents=True, exist_ok=True)
     calls: list[list[str]] = [[sys.executable, "-m", "venv", "--clear", str(place)]]
-    calls += [[str(python), "-m", "pip", "install", "--quiet", *packages] for packages in peer.installs]
+    calls += [[str(python), "-m", "pip", "install", "--quiet", "--retries=1", *packages] for packages in peer.installs]
     for call in calls:
         result = subprocess.run(call, capture_output=True, text=True, check=False)
         if result.returncode:

@@ -285,6 +285,17 @@ PHRASES = (
         "stay|remain|never break|do not break|don't break|always stay|stays|always stays",
         "(?:in )?(?:your )?character (?:at all|always|no matter|never)",
     ),
+    Phrase(
+        "role_override",
+        "you break|your break of|saying|by saying|say",
+        r"['\"“‘]?(?:stay in |remain in |your )?character\b",
+    ),
+    Phrase(
+        "role_override",
+        "answer me in|respond to me in|answer every|answer each|respond to every|respond to each|reply to every",
+        "(?:two|both)(?: different)? ways",
+        row("(?:prompt|question)", "(?:exactly )?as", some(f"an?|the|both|{PERSONA}", 3) + f"(?:{AI}|{PERSONA})"),
+    ),
     # What people ask for in good faith, too.
     Phrase(
         "role_play",
@@ -363,7 +374,8 @@ PHRASES = (
     Phrase(
         "unrestricted",
         "amoral|immoral|evil|unfiltered|unfiltred|uncensored|unrestricted",
-        rf"(?:and )?(?:(?:{PERSONA}|ruthless)\b|ai\b(?! act)|a\.i|chatbot|language model|\w{{0,8}}gpt|bot\b|assistant"
+        rf"(?<![.?!:]\W{{0,5}})(?:and )?(?:(?:{PERSONA}|ruthless)\b|ai\b(?! act)|a\.i|chatbot|language model"
+        r"|\w{0,8}gpt|bot\b|assistant"
         "|responses?)",
     ),
     Phrase(
@@ -382,6 +394,7 @@ PHRASES = (
         r"(?:[\w'’/]{1,16}[\s,]{1,3}){0,4}?without (?:any |all )?(?:restrictions|filters?|censorship|refus\w{2,3})",
     ),
     Phrase("unrestricted", "no limits|no rules|no restrictions", r"ai\b"),
+    Phrase("unrestricted", "unfiltered|uncensored|unlimited", "(?:and )?(?:completely )?(?:unlimited )?language model"),
     Phrase("unrestricted", "opposite of", "(?:openai|chatgpt|gpt)"),
     # "enable developer mode", "developer mode enabled"
     Phrase(

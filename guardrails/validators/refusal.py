@@ -43,5 +43,5 @@ class OverRefusal:
 def build(options: Options) -> Classifier | OverRefusal:
     """The validator; raises ValueError where a head or the encoder is not there."""
     found = head("refusal", options.head)
-    refusals = Classifier(found, found.labels)
+    refusals = Classifier(found, found.labels, only_opening=True)
     return OverRefusal(refusals, head("harm", options.harm_head)) if options.over_refusal else refusals

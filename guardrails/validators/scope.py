@@ -17,7 +17,7 @@ from guardrails.types import Context, Finding
 Sentences = list[Annotated[str, Field(min_length=1)]]
 FEW = 8
 """In-scope examples that are too few to tell how close to each other they are."""
-COURTEOUS = 0.6
+COURTEOUS = 0.55
 """The least cosine to one of the courtesies that makes a text one of them."""
 COURTESIES = (
     "Hello",
@@ -25,6 +25,8 @@ COURTESIES = (
     "Good morning",
     "Good evening",
     "Thanks",
+    "Thanks a lot",
+    "Great, thanks",
     "Thank you very much, that helped",
     "Yes",
     "Yes, please",
@@ -108,7 +110,7 @@ class Scope:
     async def find(self, text: str, context: Context) -> Sequence[Finding]:
         """Findings over the windows that are out of scope, and over those that are about a topic."""
         windows = await encoder().embed(text)
-        if not windows.spans:
+        if not any(map(str.isalpha, text)):
             return []
         inside, outside, polite, topics = self._known = self._known or await self._read()
         own = inside.nearest(windows.vectors)

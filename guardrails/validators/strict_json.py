@@ -12,7 +12,7 @@ DEEPEST = 64
 """Brackets within brackets."""
 DIGITS = 100
 """Characters of a number."""
-SHAPE = regex.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\Z)|[\[{]|[\]}]', regex.DOTALL)
+SHAPE = regex.compile(r'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[{]|[\]}]', regex.DOTALL)
 
 
 class Unreadable(ValueError):

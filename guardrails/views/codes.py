@@ -64,13 +64,18 @@ def _decimal(code: str) -> str | None:
     return text if len(signs) >= 0.8 * len(numbers) and _readable(text) else None
 
 
+SPACES = {"n": "\n", "r": "\r", "t": "\t", "/": "/"}
+
+
 def _escapes(code: str) -> str | None:
     def sign(match: regex.Match[str]) -> str:
+        if match[4]:
+            return SPACES[match[4]]
         hexadecimal, octal = match[1] or match[2], match[3]
         number = int(hexadecimal, 16) if hexadecimal else int(octal, 8)
         return chr(number) if number < 0x110000 else match[0]
 
-    return regex.sub(r"\\(?:[uUx]\{?([0-9a-fA-F]{2,8})\}?|N\{U\+([0-9a-fA-F]{2,6})\}|([0-7]{3}))", sign, code)
+    return regex.sub(r"\\{1,4}(?:[uUx]\{?([0-9a-fA-F]{2,8})\}?|N\{U\+([0-9a-fA-F]{2,6})\}|([0-7]{3})|([nrt/]))", sign, code)
 
 
 MORSE = dict(
@@ -142,7 +147,7 @@ class Code:
 
 WORD, HEX = r"[A-Za-z0-9+/_-]", "[0-9a-fA-F]"
 PAIR = f"(?:0x)?{HEX}{{2}}"
-ESCAPES = rf"(?:\\(?:[uUx]\{{{HEX}{{1,6}}\}}|u{HEX}{{4}}|U{HEX}{{8}}|x{HEX}{{2}}|[0-7]{{3}})){{1,99}}"
+ESCAPES = rf"(?:\\{{1,4}}(?:[uUx]\{{{HEX}{{1,6}}\}}|u{HEX}{{4}}|U{HEX}{{8}}|x{HEX}{{2}}|[0-7]{{3}}|[nrt/])){{1,99}}"
 CODES = (
     Code("bidi", r"[\u202e\u2067][^\u202a-\u202e\u2066-\u2069\n]{1,300}(?:[\u202c\u2069]|(?=\n)|\Z)", _backwards),
     Code("invisible", r"[\u202a-\u202e\u2066-\u2069]{1,200}", lambda code: ""),

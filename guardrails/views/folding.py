@@ -13,7 +13,7 @@ TIMEOUT = 0.25
 """Seconds that one search of a stage may take before the text counts as unreadable (see `guardrails.spans`)."""
 PLAIN = regex.compile(r"[^\x09\x0a\x0d\x20-\x7e]")
 """What plain ASCII text does not have."""
-LOOKALIKES = {
+LOOKALIKES: dict[str, str] = {
     pair[0]: pair[1:]
     for pair in regex.findall(
         r"\S+",

@@ -10,7 +10,8 @@ import regex
 
 from guardrails.views.view import View
 
-_WORDS = regex.compile(r"[A-Za-z]+")
+_WORDS, _LONG = regex.compile(r"[A-Za-z]+"), regex.compile(r"[a-z]{4,}")
+_LAST = regex.compile(r"(?r)[A-Za-z]*")
 _MODEL = Path(__file__).parent.parent / "models" / "bigrams.txt"
 MARGIN = 2.0
 """How much more English a word must look when turned, in tenths of a nat a letter."""
@@ -45,6 +46,10 @@ def is_turned(word: str) -> bool:
 def turned(view: View, final: bool) -> None:
     """Runs of words that look turned are written in all the ways they may be read; short words in them go along."""
     text = view.made_of
+    whole = len(text) if final else _LAST.match(text).start()  # type: ignore[union-attr]  # it may be empty
+    if not any(map(is_turned, set(_LONG.findall(text[view.at : whole].lower())))):
+        view.keep(whole)
+        return
     run: list[tuple[int, int]] = []
     end = view.at
     for match in _WORDS.finditer(text, pos=view.at):

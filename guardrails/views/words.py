@@ -70,11 +70,12 @@ class Way:
         self.live = regex.compile(f"(?:{SPACED}|{units})(?s:.)(?!)")
 
 
-START = r"[^A-Za-z\s]|(?<![\p{L}\p{N}])\p{L}(?![\p{L}\p{N}])"
+START = r"(?![.,;:!?)\"'’]{1,3}(?:\s|\Z))[^A-Za-z\s]|(?<![\p{L}\p{N}])\p{L}(?![\p{L}\p{N}])"
+"""An odd sign, unless it ends a word as signs usually do; a single letter."""
 JOINING = Way("i", "", START, ODD)
 SPREADING = Way("l", " ", f"{START}|{GAP}", f"{ODD}|{GAP}")
 _LETTERS = regex.compile(r"(?r)[A-Za-z]{1,41}")
-_OPEN = regex.compile(r"(?r)[A-Za-z]{1,41}|\s")
+_OPEN = regex.compile(r"(?r)[A-Za-z]{0,41}[.,;:!?)\"'’]{1,3}|[A-Za-z]{1,41}|\s")
 """What may become a unit at the end of a text."""
 
 

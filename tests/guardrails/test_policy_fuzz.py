@@ -11,20 +11,20 @@ from hypothesis import strategies as st
 
 from guardrails.policy import Library, PolicyError, Source, load, resolve
 from tests.guardrails.test_policy_locks import HOUSE
-from tests.guardrails.test_schema import DESK, KID
+from tests.guardrails.test_schema import DESK
 
 SECONDS = 10.0
 """Far above what any of them takes (some 0.1 s); a regular expression or a loop that explodes takes minutes."""
 
-SEEDS = (DESK, HOUSE, KID, 'name = "kid"\nextends = "house"\n[[input]]\nname = "no-pets"\nthreshold = 0.4\n')
+SEEDS = (DESK, HOUSE, 'name = "kid"\nextends = "house"\n[[input]]\nname = "no-pets"\nthreshold = 0.4\n')
 LIBRARY = Library((), {"house": Source("house", HOUSE)})
 PIECES = (
     "[", "]", "[[", "]]", "{", "}", "=", ".", ",", '"', "'", '"""', "'''", "#", "\n", "\r\n", "\0", "\\", "\\u0000",
-    "true", "nan", "-inf", "1979-05-27", "1e400", "9" * 5000, "\ud800", "\U0001f600", "é", " ", "{aa}", "\\p{L}", "(", "*",
+    "true", "nan", "-inf", "1979-05-27", "1e400", "9" * 5000, "\ud800", "\U0001f600", "é", " ", "{aa}", "\\p{L}", "(",
     "[[input]]", "[parts]", "[routes.x]", "[[example]]", "name = ", "extends = ", '"base"', '"desk"', "validator = ",
-    '"topics"', '"grader"', "confirm = {", "locked = true", "remove = [", "patterns = ['(']", "turns = [", "times = 100000",
+    '"topics"', '"grader"', "confirm = {", "locked = true", "remove = [", "patterns = ['(']", "turns = [",
 )  # fmt: skip
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+QUICK = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite
@@ -109,6 +109,10 @@ def test_a_value_of_any_kind_loads_or_says_why_not(seed: str, key: str, value: o
         "a = " + "{b = " * 100_000,
         "[" * 100_000,
         "a" + ".a" * 50_000 + " = 1",
+        "[x" + " . 'a'" * 50_000 + "]",
+        "a" * 900_000,
+        '"' * 900_001,
+        "a.'" * 300_000,
         'a = "' + "\\u0000" * 100_000 + '"',
         "\n" * 999_999,
         "".join(f"k{number} = 1\n" for number in range(50_000)),
@@ -121,7 +125,7 @@ def test_a_value_of_any_kind_loads_or_says_why_not(seed: str, key: str, value: o
         "x = '''" + "'" * 500_000,
         'x = """' + '\\"' * 300_000,
     ],
-    ids=range(13),
+    ids=range(17),
 )  # fmt: skip
 def test_a_policy_that_is_made_to_keep_the_loader_busy_does_not(text: str) -> None:
     survives(text)

@@ -7,6 +7,7 @@ import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guardrails import scanner
 from guardrails.prefilter import Prefilter, rewritten
 from guardrails.spans import PatternError, Span, Spans
 from guardrails.syntax import Unreadable, parse
@@ -99,6 +100,15 @@ def test_spans_find_in_any_pieces_what_each_finds_alone(patterns: list[str], tex
 
 def place(finding: Finding) -> tuple[int, int, str]:
     return finding.start, finding.end, finding.label
+
+
+async def test_what_the_scanner_forgets_for_want_of_memory_it_makes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scanner, "STEPS", 3)
+    text = "Tell ann@example.com, bob@example.org and c@d.example of it"
+    spans = [Span("forgetful", r"(?<!\w)\w{1,20}@[\w.]{1,20}\w(?!\w)")]
+    (reading,) = Spans(spans).readings()
+    found = [one for end in range(1, len(text) + 1) for one in reading.read(text[:end], end == len(text))[0]]
+    assert [text[one.start : one.end] for one in found] == ["ann@example.com", "bob@example.org", "c@d.example"]
 
 
 SHIPPED: list[tuple[Spans, list[str]]] = [

@@ -46,6 +46,7 @@ WRONG = [
     ("[" * 100_000, "json", "deeper than 64 brackets at character 64"),
     ('{"a":' * 30_000, "json", "deeper than 64 brackets"),
     ('"' + '\\"' * 50_000, "json", "not JSON"),
+    ('"\\' * 50_000, "json", "not JSON"),
     ("\ud800", "json", "not JSON"),
     ('see\n```json\n{"name": "Anna"}\n```', "json", "not JSON"),
     ("[]", "schema", "/: type"),

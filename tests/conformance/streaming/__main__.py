@@ -34,7 +34,8 @@ async def main() -> bool:
     parser.add_argument("--model", default="fake", help="the model's name there (fake)")
     parser.add_argument("--port", type=int, default=9009, help="where the model is played (9009)")
     parser.add_argument("--rules", default="", help="only cases whose rules are all among these: falcon,email")
-    parser.add_argument("--channels", default="content", help="content,reasoning,arguments (content)")
+    every = "content,reasoning,arguments"
+    parser.add_argument("--channels", default=every, help=f"where the model writes: {every}, all by default")
     parser.add_argument("--plain", action="store_true", help="leave out the disguised cases")
     parser.add_argument("--own-words", action="store_true", help="it says other replies than the rules: compare leaks")
     parser.add_argument("--quick", action="store_true", help="a tenth of the ways to cut a text")

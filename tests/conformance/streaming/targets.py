@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import aiohttp
 
 from guardrails import judge, loads, stream
+from guardrails.reply import Reply
 from guardrails.types import Rule as Enforced
 from guardrails.types import Verdict
 from tests.conformance.streaming.cases import Channel, Rule
@@ -107,20 +108,33 @@ def enforced(rules: Rules) -> tuple[Enforced, ...]:
 
 
 class Newel:
-    """newel in this process: the guard itself, which reads one text."""
+    """newel in this process: the guard of one text, and that of a reply of several channels."""
 
     name, exact, live = "newel", True, True
-    channels: frozenset[Channel] = frozenset({"content"})
+    channels: frozenset[Channel] = frozenset({"content", "reasoning", "arguments"})
 
     async def stream(self, rules: Rules, model: Model, channel: Channel) -> AsyncIterator[str]:
-        """What `guardrails.stream` gives out."""
-        async for piece in stream(enforced(rules), aiter(model)):
-            if not isinstance(piece, Verdict):
+        """What `guardrails.stream`, or a `Reply`, gives out."""
+        if channel != "content":
+            async for piece in self._reply(rules, model, "arguments:0" if channel == "arguments" else channel):
                 yield piece
+            return
+        async for said in stream(enforced(rules), aiter(model)):
+            if not isinstance(said, Verdict):
+                yield said
+
+    async def _reply(self, rules: Rules, model: Model, channel: str) -> AsyncIterator[str]:
+        reply = Reply(enforced(rules))
+        async for piece in model:
+            yield reply.feed(channel, piece)
+            if reply.stopped:
+                return
+        pieces, _ = await reply.finish()
+        yield pieces.get(channel, "")
 
     async def whole(self, rules: Rules, text: str, channel: Channel) -> str | None:
         """What `guardrails.judge` delivers."""
-        return (await judge(enforced(rules), text)).text
+        return (await judge(enforced(rules), text)).text if channel == "content" else None
 
 
 @dataclass(slots=True)
@@ -128,6 +142,7 @@ class Gateway:
     """A gateway with an OpenAI-compatible API at `url`, whose model is the scripted `upstream`.
 
     keys: the API key for each set of rules, by their names joined with commas; the one of "" is for any set.
+    torn: how many bytes of its event stream the model sends at a time, 0 for whole events.
     """
 
     url: str
@@ -137,6 +152,7 @@ class Gateway:
     channels: frozenset[Channel] = frozenset({"content", "reasoning", "arguments"})
     exact: bool = True
     live: bool = False
+    torn: int = 0
 
     @property
     def name(self) -> str:
@@ -145,7 +161,11 @@ class Gateway:
 
     async def stream(self, rules: Rules, model: Model, channel: Channel) -> AsyncIterator[str]:
         """The text of one channel in the server-sent events of a streamed chat."""
-        self.upstream.script = Script([_written(piece, channel, i == 0) for i, piece in enumerate(model.pieces)])
+        events = [_event(piece, channel, i == 0) for i, piece in enumerate(model.pieces)]
+        if self.torn:
+            wire = b"".join(events)
+            events = [wire[i : i + self.torn] for i in range(0, len(wire), self.torn)]
+        self.upstream.script = Script(events)
         async with aiohttp.ClientSession() as http, self._ask(http, rules, True) as response:
             response.raise_for_status()
             async for line in response.content:
@@ -172,17 +192,16 @@ class Gateway:
         return http.post(f"{self.url}/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"})
 
 
-def _written(piece: str, channel: Channel, first: bool) -> str | bytes:
+def _event(piece: str, channel: Channel, first: bool) -> bytes:
     """What the upstream writes for a piece of this channel."""
-    if channel == "content":
-        return piece
     call: dict[str, object] = {"index": 0, "function": {"arguments": piece}}
     if first:
         call |= {"id": "call_1", "type": "function", "function": {"name": "send", "arguments": piece}}
-    delta = {"reasoning_content": piece} if channel == "reasoning" else {"tool_calls": [call]}
+    written = {"content": piece, "reasoning": piece, "arguments": [call]}[channel]
+    delta = {{"content": "content", "reasoning": "reasoning_content", "arguments": "tool_calls"}[channel]: written}
     frame = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "fake"}
     choices = [{"index": 0, "delta": delta, "finish_reason": None}]
-    return b"data: " + json.dumps(frame | {"choices": choices}).encode() + b"\n\n"
+    return b"data: " + json.dumps(frame | {"choices": choices}, ensure_ascii=False).encode() + b"\n\n"
 
 
 def _said(delta: dict[str, Any], channel: Channel) -> str:

@@ -22,7 +22,7 @@ GUARDED: frozenset[Channel] = frozenset({"content"})
 BY_NAME = {case.name: case for case in SUITE.case}
 
 
-@pytest.mark.parametrize("case", CONTENT, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SUITE.case, ids=lambda case: case.name)
 async def test_newel_passes_in_process(case: Case) -> None:
     outcome = await run(Newel(), SUITE, case)
     assert outcome.faults == []
@@ -46,6 +46,14 @@ async def test_newel_passes_over_http(tmp_path: Path, upstream: FakeUpstream) ->
     async with gateway_with_rules(tmp_path, upstream, cases) as target:
         outcomes = [await run(target, SUITE, case, thorough=False) for case in cases]
     assert not any(outcome.faults for outcome in outcomes), table(outcomes)
+
+
+async def test_newel_passes_when_the_network_cuts_inside_characters(tmp_path: Path, upstream: FakeUpstream) -> None:
+    cases = [case for case in CONTENT if not case.text.isascii()]
+    async with gateway_with_rules(tmp_path, upstream, cases) as target:
+        target.torn = 7
+        outcomes = [await run(target, SUITE, case, thorough=False) for case in cases]
+    assert len(cases) > 5 and not any(outcome.faults for outcome in outcomes), table(outcomes)
 
 
 async def test_no_channel_shows_what_must_not_be_seen(tmp_path: Path, upstream: FakeUpstream) -> None:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -191,37 +191,45 @@ def fit(data: Table, chosen: NDArray[np.bool_], recipe: Recipe) -> Fit:
     weight /= weight.sum()
     found = torch.tensor(data.finds[data.own[windows]], dtype=torch.float32)
     straight = torch.tensor(data.vectors[windows])
-    meaning, bias = _regress(straight, straight.T, found, weight, recipe.l2, 80)
-    sparse = _sparse([data.letters[i] for i in windows], recipe.bits)
-    turned = sparse.to_sparse_csc()
-    across = torch.sparse_csr_tensor(turned.ccol_indices(), turned.row_indices(), turned.values(), sparse.shape[::-1])
-    letters, letters_bias = _regress(sparse, across, found, weight, recipe.l2_grams, 40)
+    meaning, bias = _regress(lambda w: straight @ w, lambda g: straight.T @ g, SIZE, found, weight, recipe.l2, 80)
+    spelt, turned = _sparse([data.letters[i] for i in windows], 1 << recipe.bits)
+    letters, letters_bias = _regress(spelt, turned, 1 << recipe.bits, found, weight, recipe.l2_grams, 40)
     return Fit(meaning.astype(np.float64), bias, letters, letters_bias)
 
 
-def _sparse(letters: Sequence[NDArray[np.uint32]], bits: int) -> torch.Tensor:
-    """(windows, 2**bits): 1 over the root of the number of its buckets for each bucket of a window."""
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+def _sparse(letters: Sequence[NDArray[np.uint32]], buckets: int) -> tuple[Product, Product]:
+    """Products with (windows, buckets), and with its transpose: 1 over the root of the number of a window's buckets."""
     sizes = np.array([len(one) for one in letters])
-    starts = np.concatenate([[0], np.cumsum(sizes)])
+    ends = np.cumsum(sizes)
     columns = np.concatenate([np.zeros(0, np.int64), *letters]).astype(np.int64)
-    values = np.repeat(1 / np.maximum(sizes, 1) ** 0.5, sizes).astype(np.float32)
-    return torch.sparse_csr_tensor(
-        torch.from_numpy(starts), torch.from_numpy(columns), torch.from_numpy(values), (len(letters), 1 << bits)
-    )
+    share = 1 / np.maximum(sizes, 1) ** 0.5
+
+    def along(line: torch.Tensor) -> torch.Tensor:
+        sums = np.concatenate([[0.0], np.cumsum(line.numpy()[columns], dtype=np.float64)])
+        return torch.from_numpy(((sums[ends] - sums[ends - sizes]) * share).astype(np.float32))
+
+    def across(slope: torch.Tensor) -> torch.Tensor:
+        each = np.repeat(slope.numpy() * share, sizes)
+        return torch.from_numpy(np.bincount(columns, each, buckets).astype(np.float32))
+
+    return along, across
 
 
 def _regress(
-    x: torch.Tensor, across: torch.Tensor, found: torch.Tensor, weight: torch.Tensor, l2: float, steps: int
+    along: Product, across: Product, size: int, found: torch.Tensor, weight: torch.Tensor, l2: float, steps: int
 ) -> tuple[NDArray[np.float32], float]:
-    """The weights and the bias with the least weighted loss and penalty; `across` is x transposed."""
-    line, bias = torch.zeros(x.shape[1]), torch.zeros(1)
+    """The weights and the bias with the least weighted loss and penalty; `along` and `across` multiply by the rows."""
+    line, bias = torch.zeros(size), torch.zeros(1)
     optimiser = torch.optim.LBFGS([line, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
 
     def closure() -> float:
-        logits = x @ line + bias
+        logits = along(line) + bias
         loss = (weight * torch.nn.functional.softplus(torch.where(found > 0, -logits, logits))).sum()
         slope = weight * (torch.sigmoid(logits) - found)
-        line.grad, bias.grad = across @ slope + 2 * l2 * line, slope.sum()[None]
+        line.grad, bias.grad = across(slope) + 2 * l2 * line, slope.sum()[None]
         return float(loss + l2 * (line * line).sum())
 
     optimiser.step(closure)  # type: ignore[no-untyped-call]
@@ -277,7 +285,7 @@ def _calibrated(values: Numbers, finds: NDArray[np.bool_], weight: Numbers) -> t
     """(slope, shift): Platt's logistic regression of what is found on the values."""
     x = torch.tensor(values[:, None], dtype=torch.float32)
     found, share = torch.tensor(finds, dtype=torch.float32), torch.tensor(weight, dtype=torch.float32)
-    slope, shift = _regress(x, x.T, found, share, 1e-6, 60)
+    slope, shift = _regress(lambda w: x @ w, lambda g: x.T @ g, 1, found, share, 1e-6, 60)
     return max(float(slope[0]), 1e-2), shift
 
 
@@ -514,26 +522,29 @@ def _pool(head: Head, carried: Mapping[str, NDArray[Any]]) -> Numbers:
 
 
 def _moved(head: Head, carried: Mapping[str, NDArray[Any]], data: Table) -> tuple[Head, Numbers]:
-    """The head with the likeliest weights, and the new curvature; Newton's method on weights and bias."""
-    x = np.concatenate([data.vectors, np.ones((len(data.own), 1))], 1)
-    spelt = np.array(
-        [head.grams[one].sum(dtype=np.int64) * head.scale / max(1, len(one)) ** 0.5 for one in data.letters]
+    """The head with the likeliest weights and bias, and the curvature with these rows in it."""
+    x = torch.tensor(np.concatenate([data.vectors, np.ones((len(data.own), 1))], 1), dtype=torch.float64)
+    spelt, found = torch.tensor(data.spelt(head)), torch.tensor(data.finds[data.own], dtype=torch.float64)
+    share = np.array([row.weight for row in data.rows]) / data.counts / int(head.about["rows"])
+    weight = torch.tensor(share[data.own])
+    bend = _unpacked(carried["curvature"])
+    prior = torch.tensor(bend + 2 * float(head.about["recipe"]["l2"]) * np.eye(SIZE + 1))
+    start = torch.tensor(np.concatenate([head.weights, [head.bias]]))
+    line = start.clone()
+    optimiser = torch.optim.LBFGS(
+        [line], max_iter=200, history_size=20, tolerance_change=1e-12, line_search_fn="strong_wolfe"
     )
-    weight = np.array([row.weight for row in data.rows])[data.own] / int(head.about["rows"])
-    weight /= data.counts[data.own]
-    found = data.finds[data.own]
-    prior = _unpacked(carried["curvature"]) + 2 * float(head.about["recipe"]["l2"]) * np.eye(SIZE + 1) / 10
-    start = np.concatenate([head.weights, [head.bias]])
-    line, bend = start, prior
-    for _ in range(20):
-        p = sigmoid(x @ line + spelt)
-        slope = x.T @ (weight * (p - found)) + prior @ (line - start)
-        bend = (x * (weight * p * (1 - p))[:, None]).T @ x + prior
-        step = np.linalg.solve(bend, slope)
-        line = line - step
-        if float(np.abs(step).max()) < 1e-6:
-            break
-    return replace(head, weights=line[:-1], bias=float(line[-1])), bend
+
+    def closure() -> float:
+        logits, moved = x @ line + spelt, line - start
+        loss = (weight * torch.nn.functional.softplus(torch.where(found > 0, -logits, logits))).sum()
+        line.grad = x.T @ (weight * (torch.sigmoid(logits) - found)) + prior @ moved
+        return float(loss + moved @ prior @ moved / 2)
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    p = torch.sigmoid(x @ line + spelt)
+    more = (x * (weight * p * (1 - p))[:, None]).T @ x
+    return replace(head, weights=line[:-1].numpy(), bias=float(line[-1])), bend + more.numpy()
 
 
 def feedback(ratings: Iterable[Rating], head: str) -> list[Row]:
@@ -560,12 +571,12 @@ def feedback(ratings: Iterable[Rating], head: str) -> list[Row]:
 def verdict(old: Measured, new: Measured) -> None:
     """Raises Rejected where the new head is worse than the old: on the pool, or on a part of the benign set."""
     worse = []
-    if new.auroc < old.auroc - WORSE_AUROC:
+    if not new.auroc >= old.auroc - WORSE_AUROC:  # so that no number at all is worse, too
         worse.append(f"AUROC {new.auroc:.3f}, was {old.auroc:.3f}")
     for part, after in new.parts.items():
         before = old.parts.get(part, (0.0, 0.0))
         for bar, was, now in zip(("escalate", "block"), before, after, strict=True):
-            if now > was + WORSE_RATE:
+            if not now <= was + WORSE_RATE:
                 worse.append(f"{part}: {now:.1%} of the harmless texts hit at the threshold to {bar}, was {was:.1%}")
     if worse:
         raise Rejected(f"the new {new.head.name} head is worse and was not kept: {'; '.join(worse)}")

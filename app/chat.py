@@ -22,6 +22,7 @@ from app.store import SpillFull, StoreDown, StoreError
 from app.thread import SYSTEM, Thread, recall
 from guardrails.conversation import Judging, appended
 from guardrails.engine import Guard
+from guardrails.reading import LONG
 from guardrails.types import Action, Context, Finding, Hit, Message, Policy, Verdict
 from guardrails.vault import NOTE, Restorer, Vault
 
@@ -93,7 +94,7 @@ async def _judged(service: Service, policy: Policy, turn: Turn, thread: Thread) 
         place = Hit("conversation-record", Action.ALLOW, "enforce", (Finding("forged_history", 0, 0),))
         verdict = replace(verdict, hits=(place, *verdict.hits))
     turn.input, turn.history, turn.asked = verdict, asked.seen[:-1], asked.seen[-1].content
-    raw = asked.vault.hide(thread.messages[-1].content, everywhere=True)
+    raw = await _hidden(asked.vault, thread.messages[-1].content, everywhere=True)
     turn.withheld_asked = raw if raw != turn.asked else ""
     return asked
 
@@ -111,8 +112,8 @@ async def _sealed(service: Service, policy: Policy, turn: Turn, thread: Thread) 
         verdict, seen = await judging.begin()
         if any(rule.action is Action.REDACT for rule in judging.waiting):
             verdict, seen = await judging.finish()
-        hidden = tuple(replace(message, content=vault.hide(message.content)) for message in seen)
-        return _Asked(judging, verdict, hidden, vault)
+        hidden = [replace(message, content=await _hidden(vault, message.content)) for message in seen]
+        return _Asked(judging, verdict, tuple(hidden), vault)
 
     try:
         for _ in range(SEALING if any(rule.vault for rule in policy.input) else 0):
@@ -132,6 +133,13 @@ async def _judged_on(service: Service, turn: Turn, judging: Judging) -> Verdict:
     before = turn.input.hits if turn.input else ()
     turn.input = replace(verdict, hits=tuple(dict.fromkeys((*before, *verdict.hits))))
     return turn.input
+
+
+async def _hidden(vault: Vault, text: str, everywhere: bool = False) -> str:
+    """`Vault.hide`, aside for a long text, so that other requests go on."""
+    if len(text) <= LONG:
+        return vault.hide(text, everywhere)
+    return await asyncio.to_thread(vault.hide, text, everywhere)
 
 
 def _prompt(policy: Policy, asked: _Asked, news: Sequence[Ticket]) -> tuple[Message, ...]:

@@ -11,10 +11,13 @@ from bisect import bisect_left
 
 import regex
 
-_SIGN = regex.compile(r'"|\\u(?<high>[dD][89abAB][0-9a-fA-F]{2})\\u(?<low>[dD][c-fC-F][0-9a-fA-F]{2})'
-                      r"|\\u(?<code>[0-9a-fA-F]{4})|\\(?:.|\Z)", regex.DOTALL)  # fmt: skip
+_HEX, _FIRST, _SECOND = "[0-9a-fA-F]", "[dD][89abAB]", "[dD][c-fC-F]"
+_SIGN = regex.compile(
+    rf'"|\\u(?<high>{_FIRST}{_HEX}{{2}})\\u(?<low>{_SECOND}{_HEX}{{2}})|\\u(?<code>{_HEX}{{4}})|\\(?:.|\Z)',
+    regex.DOTALL,
+)
 """A quote or an escape; `code` may be half a character that has no other half."""
-_BEGUN = regex.compile(r"\\(?:u(?:[0-9a-fA-F]{0,3}|[dD][89abAB][0-9a-fA-F]{2}(?:\\(?:u(?:[dD][c-fC-F]?[0-9a-fA-F]?)?)?)?))?")
+_BEGUN = regex.compile(rf"\\(?:u(?:{_HEX}{{0,3}}|{_FIRST}{_HEX}{{2}}(?:\\(?:u(?:{_SECOND}{_HEX}?|[dD]?))?)?))?")
 """An escape whose end has not come yet."""
 
 

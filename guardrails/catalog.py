@@ -18,20 +18,30 @@ from guardrails.types import Validator
 
 GROUP = "newel.validators"
 BUILT_IN = (
+    "code",
+    "disclaimer",
     "grader",
+    "grounded",
     "guard_model",
     "harm",
     "injection",
     "injection_model",
+    "json_schema",
+    "keywords",
     "language",
     "length",
+    "mentions",
     "patterns",
     "personal",
     "presidio",
+    "prompt_leak",
     "refusal",
+    "repetition",
     "scope",
     "secrets",
+    "tool_calls",
     "topics",
+    "urls",
 )
 
 

@@ -10,7 +10,9 @@ import asyncio
 from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
+from guardrails.arguments import redacted
 from guardrails.engine import Redaction, redact
 from guardrails.reading import LONG, Seen, find, once, streams
 from guardrails.types import (
@@ -36,7 +38,8 @@ class Judging:
 
     `begin` reads the rules that cost little; where `waiting` then has rules, which ask a language model, `finish`
     reads those too. The first `trusted` messages are history that this service has judged and answered before: they
-    are redacted, but do not stop the turn again. A question that was answered by a rule's own reply is taken out
+    are redacted, but do not stop the turn again; the question that a tool's result helps to answer is judged with each
+    of them. A question that was answered by a rule's own reply is taken out
     together with that reply: the model does not see it, and the conversation goes on.
     """
 
@@ -47,6 +50,7 @@ class Judging:
         self.messages, self.trusted = messages, trusted
         self.context = context or Context(tuple(messages))
         self.settled = _refused_before(rules, messages)
+        self.asked = _still_asked(messages)
         self.seen = [Seen(message.content) for message in messages]
         self._hits: dict[str, list[Hit]] = {}
         self._redactions: dict[int, list[Redaction]] = {}
@@ -57,7 +61,8 @@ class Judging:
         """(the verdict of the rules that cost little, the conversation as the model may see it)."""
         text_rules = [rule for rule in self.rules if _tier(rule) <= 0]
         for rule in text_rules:
-            if not (self._long and self.strictest.stops and rule.action <= self.strictest):
+            idle = self._long and self.strictest.stops and rule.action <= self.strictest
+            if not idle or rule.action is Action.REDACT:  # what is refused is kept, too
                 await self._read(rule)
         if len(self.messages) > 1 and not self.strictest.stops:
             await self._read_joined(text_rules)
@@ -87,10 +92,13 @@ class Judging:
         return max(enforced, default=Action.ALLOW)
 
     def _due(self, rules: Sequence[Rule]) -> list[Rule]:
-        """The rules that could change the verdict; those that are only watched, as long as nothing stops the turn."""
+        """The rules that could change what is said or kept: all, until the turn is stopped; then those that are
+        stricter, and those that redact."""
         stopped = self.strictest
-        watched = [rule for rule in rules if rule.mode == "shadow" and not stopped.stops]
-        return [*watched, *(rule for rule in rules if rule.mode == "enforce" and rule.action > stopped)]
+        if not stopped.stops:
+            return list(rules)
+        enforced = [rule for rule in rules if rule.mode == "enforce"]
+        return [rule for rule in enforced if rule.action > stopped or rule.action is Action.REDACT]
 
     async def _ask(self, rules: Sequence[Rule]) -> None:
         """Reads rules that ask a model: first those that redact, so that the others ask about what is left."""
@@ -103,7 +111,7 @@ class Judging:
     async def _read(self, rule: Rule) -> None:
         places = [i for i in in_scope(rule, self.messages) if i not in self.settled]
         if rule.action is not Action.REDACT:
-            places = [i for i in places if i >= self.trusted]
+            places = [i for i in places if i >= self.trusted or i == self.asked]
         if _tier(rule) <= 0:
             results = [await find(rule, self.seen[i], self.context) for i in places]
         elif self._sealed and rule.action is not Action.REDACT:  # what a model is asked is a prompt, too
@@ -121,8 +129,11 @@ class Judging:
             self._hits.setdefault(rule.name, []).append(hit)
         if rule.action is Action.REDACT and rule.mode == "enforce":
             for finding in findings:
-                text = self.messages[place].content
-                insort(self._redactions.setdefault(place, []), Redaction.of(rule, finding, text, self.context.vault))
+                message = self.messages[place]
+                redaction = Redaction.of(rule, finding, message.content, self.context.vault)
+                if isinstance(message, ToolMessage) and message.name:
+                    redaction = redaction.written(partial(redacted, message.content))
+                insort(self._redactions.setdefault(place, []), redaction)
 
     async def _read_joined(self, rules: Sequence[Rule]) -> None:
         """Reads what the messages say together; only what stands across a seam, and ends in something new, counts."""
@@ -267,6 +278,12 @@ def _refused_before(rules: Sequence[Rule], messages: Sequence[Message]) -> set[i
         if asked.role == "user" and answered.role == "assistant":
             out |= {i - 1, i} if any(reply in answered.content for reply in replies) else set()
     return out
+
+
+def _still_asked(messages: Sequence[Message]) -> int:
+    """The place of the question that is still being answered where a tool's result comes last, else -1."""
+    users = [i for i, message in enumerate(messages) if message.role == "user"]
+    return users[-1] if users and messages[-1].role == "tool" else -1
 
 
 def _verdict(rules: Sequence[Rule], hits: Sequence[Hit], seen: Sequence[Message]) -> Verdict:

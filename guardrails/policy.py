@@ -514,12 +514,11 @@ def _read_rule(
         _built_rule(_RuleRead(name, stage, spot, own, age))  # for its other mistakes
         return before
     if before is None:
-        parents = [other for other, rule in rules.items() if rule.age < age] if age else []
-        guess = "validator" not in raw and len(layer.problems) < MOST_MISTAKES
-        near = difflib.get_close_matches(name[:100], parents, 1) if guess else []
-        if near:
+        if age and "validator" not in raw and len(layer.problems) < MOST_MISTAKES:
             what = f"rule {name!r} has no 'validator', and no policy that is extended has a rule of this name"
-            spot.wrong(("name",), what, f"did you mean {near[0]!r}?")
+            parents = [other for other, rule in rules.items() if rule.age < age]
+            near = difflib.get_close_matches(name[:100], parents, 1)
+            spot.wrong(("name",), what, f"did you mean {near[0]!r}?" if near else 'add validator = "..."')
             return _RuleRead(name, stage, spot, own, age)
         return _locked(_built_rule(_RuleRead(name, stage, spot, own, age)))
     validator = before.raw.get("validator")
@@ -697,6 +696,7 @@ def _check_rule(rule: _RuleRead, table: RuleTable, validator: Validator, routes:
         "vault": action != "redact" and table.vault and by_action,
         "sure": table.confirm is None and "sure" in table.model_fields_set and "is for rules with `confirm`",
         "every": table.every != "text"
+        and table.confirm is None
         and isinstance(validator, StreamValidator)
         and f"{table.validator!r} does not need: it reads a text as it grows",
     }

@@ -84,7 +84,7 @@ class Reply:
 
     def released(self, channel: str = CONTENT) -> str:
         """Everything that was released in a channel."""
-        return self._parts[channel].given if channel in self._parts else ""
+        return "".join(self._parts[channel].given) if channel in self._parts else ""
 
     def feed(self, channel: str, delta: str, name: str = "") -> list[Piece]:
         """What may be released now that `delta` has come, and with it perhaps a part of the name of the tool.
@@ -163,7 +163,8 @@ class Reply:
             return []
         opening = part.name if final or part.waiting else ""
         piece = Piece(channel, part.waiting, "" if part.opened else opening)
-        part.given, part.waiting = part.given + part.waiting, ""
+        part.given.append(part.waiting)
+        part.waiting = ""
         part.opened = part.opened or bool(piece.name)
         return [piece] if piece.text or piece.name else []
 
@@ -178,10 +179,11 @@ class Reply:
     def _stop_verdict(self) -> Verdict:
         part = self._parts[self._stopped]
         stop = part.call if part.call.action.stops else part.verdict
+        hits = self._hits()
         if self._unknown:
-            hit = Hit(NOT_OFFERED, Action.REFUSE, "enforce")
-            stop = Verdict(Action.REFUSE, NOT_OFFERED_REPLY, rule=NOT_OFFERED, hits=(hit,))
-        return Verdict(stop.action, stop.text, self.released(), stop.rule, stop.route, self._hits(stop.hits))
+            stop = Verdict(Action.REFUSE, NOT_OFFERED_REPLY, rule=NOT_OFFERED)
+            hits = (Hit(NOT_OFFERED, Action.REFUSE, "enforce"), *hits)
+        return Verdict(stop.action, stop.text, self.released(), stop.rule, stop.route, hits)
 
     def _verdict(self) -> Verdict:
         """The verdict on a reply that nothing stops: lines are appended to what is said only."""
@@ -192,13 +194,12 @@ class Reply:
         strictest = max(verdicts, key=lambda verdict: verdict.action if verdict.action > Action.APPEND else 0)
         decider = strictest if strictest.action > max(said.action, Action.APPEND) else said
         text = said.kept if self._structured else said.text
-        return Verdict(decider.action, text, said.kept, decider.rule, hits=self._hits(()))
+        return Verdict(decider.action, text, said.kept, decider.rule, hits=self._hits())
 
-    def _hits(self, more: Sequence[Hit]) -> tuple[Hit, ...]:
+    def _hits(self) -> tuple[Hit, ...]:
         """What every rule saw in any channel."""
         parts = [self._parts[name] for name in sorted(self._parts, key=_order)]
-        hits = [hit for part in parts for hit in (*part.hits, *part.call.hits)]
-        return tuple(dict.fromkeys((*more, *hits)))
+        return tuple(hit for part in parts for hit in (*part.guard.verdict().hits, *part.call.hits))
 
 
 class _Part:
@@ -214,13 +215,9 @@ class _Part:
         self._json = Arguments() if in_json else None
         self.guard = Guard(rules, context, self._json.placeholder if self._json else None)
         self.verdict = self.call = Verdict(Action.ALLOW, "")
-        self.given = self.waiting = self.name = ""
+        self.given = list[str]()
+        self.waiting = self.name = ""
         self.begun = self.opened = False
-
-    @property
-    def hits(self) -> tuple[Hit, ...]:
-        """What its rules have seen."""
-        return self.guard.verdict().hits
 
     def feed(self, delta: str) -> str:
         """What its rules release now."""

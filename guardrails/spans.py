@@ -215,7 +215,10 @@ class SpansReading:
         """What is still under way after `sign`; what has come to the same state goes on as one."""
         moved: dict[State, tuple[int, int, State]] = {}
         for first, last, state in begun:
-            after = state.next[sign] if sign in state.next else self._spans.scanner.step(state, sign)
+            try:
+                after = state.next[sign]
+            except KeyError:
+                after = self._spans.scanner.step(state, sign)
             if after is None:
                 continue
             if after.done:

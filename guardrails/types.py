@@ -47,6 +47,18 @@ class Message:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolMessage(Message):
+    """What a conversation holds about a tool: its definition, a call of it, or what a call came to.
+
+    content: the definition in JSON (system), the arguments in JSON (assistant), the result (tool). call: the id of the
+    call, empty for a definition. name: the tool, empty for a result.
+    """
+
+    call: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class Finding:
     """What a validator saw and where: `text[start:end]`, in code points; `score` in 0..1."""
 

@@ -23,6 +23,8 @@ LIMIT = 1000
 HIDEABLE = 6
 """Characters from which on a known value is hidden in a message wherever it stands, though no rule found it there."""
 
+NESTED = 3
+"""Values that one value may end with (`a`, `aa`, `aaa`); beyond them only the shorter ones are looked for."""
 NOTE = (
     "Words in brackets such as [EMAIL_1] stand for private data that the user has given. Write them exactly as they "
     "are where the data belongs, and do not ask what they stand for."
@@ -118,8 +120,9 @@ class Vault:
         """What stands for `value`: the same for every spelling of it; `[LABEL]`, for good, once the vault is full."""
         name = name_of(label)
         value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        known = self._placeholders.get((name, same(name, value)))
-        if known is None and value.strip() and len(self._values) < self._room:
+        full = len(self._values) >= self._room
+        known = self._spellings.get(value) if full else self._placeholders.get((name, same(name, value)))
+        if known is None and value.strip() and not full:
             self.new.append(Entry(f"[{name}_{self._next(name)}]", value))
             known = self._learn(self.new[-1])
         self._spell(value, known or f"[{name}]")
@@ -142,24 +145,39 @@ class Vault:
         A rule may not find a value again: in `BSN 111222333` it is announced, the bare number later is not. Short
         values and parts of words are left alone unless `everywhere`, which is for what is kept, not for the model.
         """
+        places: list[
+            tuple[int, int, int, int]
+        ] = []  # start and end of what is hidden, and of the value it is hidden as
+        for first, last in self._found(text):
+            if not everywhere and (last - first < HIDEABLE or not _alone(text, first, last)):
+                continue
+            start, end = first, last
+            while places and places[-1][1] > start:  # values that overlap are hidden together, as the longest one
+                before, _, other, its_end = places.pop()
+                start = min(start, before)
+                if its_end - other >= last - first:
+                    first, last = other, its_end
+            places.append((start, end, first, last))
         out: list[str] = []
         cursor = 0
-        for start, end in self._found(text):
-            if everywhere or (end - start >= HIDEABLE and _alone(text, start, end)):
-                out += (text[cursor:start], self._spellings[text[start:end]])
-                cursor = end
+        for start, end, first, last in places:
+            out += (text[cursor:start], self._spellings[text[first:last]])
+            cursor = end
         return "".join(out) + text[cursor:]
 
     def _found(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where spellings of values stand, in one pass over the text, the longest of those that start first."""
+        """Where spellings of values stand, in the order of their ends, in one pass over the text."""
         if not self._spellings:
             return
         if self._search is None:
+            lengths = sorted({len(spelling) for spelling in self._spellings})
             self._search = ahocorasick.Automaton()
             for spelling in self._spellings:
-                self._search.add_word(spelling, len(spelling))
+                inner = (spelling[-length:] in self._spellings for length in lengths if length < len(spelling))
+                if sum(inner) <= NESTED:
+                    self._search.add_word(spelling, len(spelling))
             self._search.make_automaton()
-        for last, length in self._search.iter_long(text):
+        for last, length in self._search.iter(text):
             yield last + 1 - length, last + 1
 
     def _learn(self, entry: Entry) -> str:

@@ -208,12 +208,13 @@ LEFT, WIDE, STEP, TOP, HIGH = 165, 128, 160, 86, 46
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One measure of the picture: for each system the share of the bar, and what stands below it."""
+    """One measure of the picture: for each system the share of the bar and what stands below it; `without` for others."""
 
     title: str
     note: str
     better: Literal["more", "less"]
     values: Mapping[str, tuple[float, str]]
+    without: str = ""
 
 
 def of(count: int, total: int) -> tuple[float, str]:
@@ -240,8 +241,8 @@ def columns(results: Results, setting: Setting) -> list[Column]:
     blocked = {name: (seconds / setting.freeze, words) for name, (seconds, words) in worst_of.items()}
     return [
         Column("Disguises caught", "of one banned phrase", "more", caught(results.disguises)),
-        Column("Places caught", "in a conversation", "more", caught(results.places)),
-        Column("Leaked in a stream", "characters, as shipped", "less", leaks),
+        Column("Places caught", "in a conversation", "more", caught(results.places), "reads one string"),
+        Column("Leaked in a stream", "characters, as shipped", "less", leaks, "has no streams"),
         Column("Silent misspellings", "in a configuration", "less", typos),
         Column("Event loop blocked", "by one pattern", "less", blocked),
     ]
@@ -282,7 +283,7 @@ def drawn(name: str, shown: Sequence[Column], y: int) -> Iterator[str]:
     for number, one in enumerate(shown):
         x = LEFT + number * STEP
         if name not in one.values:
-            yield f'  <text x="{x}" y="{y + 20}" fill="{SOFT}" font-size="12">reads one string</text>'
+            yield f'  <text x="{x}" y="{y + 20}" fill="{SOFT}" font-size="12">{one.without}</text>'
             continue
         share, label = one.values[name]
         colour = BAD if one.better == "less" else OWN if name == "newel" else PEER

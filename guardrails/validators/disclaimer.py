@@ -72,6 +72,8 @@ def _denies(sentence: Sequence[str]) -> bool:
 class Disclaimer:
     """A validator that finds what is missing: an empty finding at the end of the text."""
 
+    channels = ("content",)
+
     def __init__(self, options: Options):
         self._options = options
         self._text = words(options.text)

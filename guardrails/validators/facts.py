@@ -91,7 +91,7 @@ DATE = regex.compile(
     r"|(?P<weekday>(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day)s?(?![\p{L}]))"
 )
 LINK = regex.compile(
-    rf"(?i)[\w.+%-]{{1,64}}@[\w-]{{1,63}}(?:\.[\w-]{{1,63}}){{1,6}}|https?://[^\s<>\"'`()\[\]]{{1,2000}}"
+    rf"(?i)(?<![\w.+%-])[\w.+%-]{{1,64}}@[\w-]{{1,63}}(?:\.[\w-]{{1,63}}){{1,6}}|https?://[^\s<>\"'`()\[\]]{{1,2000}}"
     rf"|(?<![\w@./-]){domains.BARE}(?:[/?#][^\s<>\"'`()\[\]]{{0,2000}})?"
 )
 CAPITAL = r"\p{Lu}[\p{L}\p{M}]{1,30}(?:['’-][\p{L}\p{M}]{1,30}){0,2}"
@@ -124,12 +124,11 @@ POSSESSIVE = regex.compile(r"['’]s\b")
 
 def facts(text: str) -> list[Fact]:
     """The facts of a text, in the order of their start; no letter belongs to two of them, but for names."""
-    taken = [match.span() for match in NUMBERED.finditer(text)]
+    taken = [match.span() for match in NUMBERED.finditer(text)] if DIGIT.search(text) else []
     found: list[Fact] = []
-    readers: tuple[tuple[regex.Pattern[str], Callable[[regex.Match[str]], Fact | None]], ...] = (
-        (LINK, _link), (DATE, _date), (CLOCK, _clock), (NUMBER, _number), (WRITTEN, _written),
-    )  # fmt: skip
-    for pattern, read in readers:
+    for gate, pattern, read in READERS:
+        if not gate.search(text):
+            continue
         text_left = _without(text, taken)
         for match in pattern.finditer(text_left):
             if fact := read(match):
@@ -221,6 +220,8 @@ def _written(match: regex.Match[str]) -> Fact | None:
 
 
 def _names(text: str, taken: list[tuple[int, int]]) -> Iterator[Fact]:
+    if not CAPITALS.search(text):
+        return
     titles = [match.span() for match in TITLES.finditer(text)]
     left = _without(text, [*taken, *titles])
     for match in NAME.finditer(left):
@@ -229,3 +230,14 @@ def _names(text: str, taken: list[tuple[int, int]]) -> Iterator[Fact]:
             start, name = start + len(parts[0]) + 1, parts[1]
         if " " in name or "\u00a0" in name or name.isupper():
             yield Fact("name", start, match.end(), frozenset([words(name)]))
+
+
+DIGIT, DOT, CAPITALS, LETTER = (regex.compile(sign) for sign in ("[0-9]", f"@|:|{domains.DOT}", r"\p{Lu}", "[A-Za-z]"))
+READERS: tuple[tuple[regex.Pattern[str], regex.Pattern[str], Callable[[regex.Match[str]], Fact | None]], ...] = (
+    (DOT, LINK, _link),
+    (regex.compile(r"[0-9]|\p{Lu}"), DATE, _date),
+    (DIGIT, CLOCK, _clock),
+    (DIGIT, NUMBER, _number),
+    (LETTER, WRITTEN, _written),
+)
+"""What must be in a text at all, a pattern, and what makes a fact of its match; the first to match a place has it."""

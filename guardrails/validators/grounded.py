@@ -162,6 +162,8 @@ def stems(text: str) -> Iterator[str]:
 class Grounded:
     """A validator for what a reply states."""
 
+    channels = ("content",)
+
     def __init__(self, options: Options):
         self._options = options
 

@@ -121,6 +121,8 @@ def _references(schema: object) -> Iterator[str]:
 class JsonSchema:
     """A validator for replies that must be JSON; raises ValueError for a schema that is none, or that may fail."""
 
+    channels = ("content",)
+
     def __init__(self, options: Options):
         self._options = options
         self._known = frozenset(_names(options.shape))

@@ -66,6 +66,8 @@ def judged(text: str, allow: Sequence[str], first: int) -> list[Finding]:
 class LanguageReading:
     """One text's language, told once its beginning is there."""
 
+    channels = ("content",)
+
     __slots__ = ("_done", "_options")
 
     def __init__(self, options: Options):

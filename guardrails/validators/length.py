@@ -64,6 +64,7 @@ class WordsReading:
 class Length:
     """A stream validator for the length of a text; read before all others, which take longer the longer a text is."""
 
+    channels = ("content",)
     tier = -1
 
     def __init__(self, options: Options):

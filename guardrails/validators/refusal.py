@@ -27,6 +27,8 @@ class Options(BaseModel):
 class OverRefusal:
     """A validator for refusals of questions that the harm head lets pass."""
 
+    channels = ("content",)
+
     def __init__(self, refusals: Classifier, harm: Head):
         self.refusals, self.harm = refusals, harm
 

@@ -34,7 +34,7 @@ class Options(BaseModel):
 
 
 UNIT = regex.compile(r"[^\W_]{1,16}|([\W_])\1{15}")
-SIGNS = regex.compile(r"(?r)([\W_])\1{0,14}\Z")
+SIGN = regex.compile(r"[\W_]")
 RECENT = 8
 """How many earlier places of the same word may begin a loop."""
 PIECE = 1000
@@ -82,8 +82,10 @@ class RepetitionReading:
 
     def _open(self, text: str) -> int:
         """Where the word or the equal signs begin that the end of the text may cut."""
-        unit = UNIT.search(text, self._next) or SIGNS.search(text, self._next)
-        return unit.start() if unit else len(text)
+        if unit := UNIT.search(text, self._next):
+            return unit.start()
+        tail = text[max(self._next, len(text) - 15) :]
+        return len(text) - len(tail) + len(tail.rstrip(tail[-1:])) if SIGN.fullmatch(tail[-1:]) else len(text)
 
     def _word(self, word: str, start: int, end: int, found: list[Finding]) -> None:
         """Takes the next word in."""

@@ -103,6 +103,8 @@ async def examples(sentences: Sequence[str]) -> Examples:
 class Scope:
     """A validator for what is out of scope and for named topics; the examples are encoded with the first text."""
 
+    channels = ("content",)
+
     def __init__(self, options: Options):
         self.options = options
         self._known: tuple[Examples, Examples, Examples, dict[str, Examples]] | None = None

@@ -138,6 +138,8 @@ def _wrong(rule: Argument, value: Json, place: str) -> Iterator[str]:
 class ToolCalls:
     """A validator for tool calls; it reads whole texts only."""
 
+    channels = ("call",)
+
     def __init__(self, options: Options):
         self._rules = {tool.name: tool.arguments for tool in options.tools}
 

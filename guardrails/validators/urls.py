@@ -62,6 +62,9 @@ IMAGE = regex.compile(r"(?i)!\[[^\[\]]{0,300}\]\(\s{0,3}<?\Z|<img\b[^<>]{0,300}=
 SHOWN = regex.compile(r"(?<!!)\[([^\[\]]{1,300})\]\(\s{0,3}<?\Z")
 BACK = 340
 """Characters before an address in which its link's text, or its image, is looked for."""
+GATE = regex.compile(r"[:.。．｡/\\]")
+HEAD = 64
+"""What every address has, and within how many characters from its start."""
 SPACE = regex.compile(r"(?r)\s")
 STEP = 1 << 14
 """Characters that are read at a time."""
@@ -228,7 +231,12 @@ class UrlsReading:
             before = max(0, self._next - BACK)
             part, start = text[before:end], self._next - before
             last = final and end == len(text)
-            upto = len(part) if last else self._urls.live(part, max(start, _word(part)))
+            word = max(start, _word(part))
+            if not GATE.search(part, start):
+                upto = len(part) if last else max(word, len(part) - HEAD)
+                self._next = settled = before + upto
+                continue
+            upto = len(part) if last else self._urls.live(part, word)
             new, reached = self._urls.findings(part, start, upto)
             found += (replace(one, start=one.start + before, end=one.end + before) for one in new)
             self._next, settled = reached + before, upto + before

@@ -75,7 +75,9 @@ def _escapes(code: str) -> str | None:
         number = int(hexadecimal, 16) if hexadecimal else int(octal, 8)
         return chr(number) if number < 0x110000 else match[0]
 
-    return regex.sub(r"\\{1,4}(?:[uUx]\{?([0-9a-fA-F]{2,8})\}?|N\{U\+([0-9a-fA-F]{2,6})\}|([0-7]{3})|([nrt/]))", sign, code)
+    return regex.sub(
+        r"\\{1,4}(?:[uUx]\{?([0-9a-fA-F]{2,8})\}?|N\{U\+([0-9a-fA-F]{2,6})\}|([0-7]{3})|([nrt/]))", sign, code
+    )
 
 
 MORSE = dict(

@@ -11,8 +11,9 @@ from secrets import token_hex
 import pytest
 
 from app.errors import ApiError
+from app.metrics import Metrics
 from app.policies import PolicyBook
-from app.store import Store, StoreDown
+from app.store import NotFound, Store, StoreDown
 from guardrails.policy import loads
 from guardrails.types import Message
 
@@ -138,7 +139,7 @@ async def test_while_the_database_is_down_the_live_policy_stays_and_a_new_one_is
     async def down(*args: object) -> None:
         raise StoreDown("away")
 
-    monkeypatch.setattr(Store, "active_policy", down)
+    monkeypatch.setattr(Store, "active_versions", down)
     await policies.refresh()
     assert await policies.of(name) is live
     with pytest.raises(StoreDown):  # the folder's may be laxer than the one that was activated
@@ -147,8 +148,9 @@ async def test_while_the_database_is_down_the_live_policy_stays_and_a_new_one_is
 
 async def test_a_policy_is_put_checked_and_live(store: Store, tmp_path: Path, name: str) -> None:
     policies = book(store, tmp_path)
-    policy, report = await policies.put(source(name, RULE), "dana", True, None)
-    assert report.passed and await policies.of(name) is policy
+    put = await policies.put(source(name, RULE), "dana", True, None)
+    policy = put.policy
+    assert put.report.passed and put.left_behind == {} and await policies.of(name) is policy
     (stored,) = await store.policies(name)
     assert (stored.version, stored.active, stored.created_by) == (policy.version, True, "dana")
     await policies.refresh()
@@ -162,8 +164,7 @@ async def test_a_policy_that_is_only_stored_may_fail_its_check(store: Store, tmp
         await policies.put(bad, "dana", True, None)
     assert caught.value.code == "policy_check_failed" and "policy.toml:11:" in caught.value.message
     assert await store.policies(name) == []
-    _, report = await policies.put(bad, "dana", False, None)
-    assert not report.passed
+    assert not (await policies.put(bad, "dana", False, None)).report.passed
     assert [version.active for version in await store.policies(name)] == [False]
     assert (await policies.of(name)).input == ()
 
@@ -187,7 +188,115 @@ async def test_a_check_asks_the_grader_in_its_own_loop(store: Store, tmp_path: P
             return 0.9 if "rains" in messages[-1].content else 0.1
 
     policies = book(store, tmp_path)
-    _, report = await policies.put(source(name, GRADED), "dana", True, Grader())
+    report = (await policies.put(source(name, GRADED), "dana", True, Grader())).report
     assert report.passed and len(asked) >= 2 and report.unchecked == ()
-    _, report = await policies.put(source(name, GRADED), "dana", True, None)
+    report = (await policies.put(source(name, GRADED), "dana", True, None)).report
     assert report.unchecked == ("graded",)
+
+
+# --- policies that extend others
+
+
+def child(name: str, more: str = "") -> str:
+    return f'name = "{name}-child"\nextends = "{name}"\n{more}'
+
+
+def stale(metrics: Metrics, name: str) -> float | None:
+    return metrics.registry.get_sample_value("newel_policy_stale", {"policy": name})
+
+
+async def test_a_parent_comes_from_the_store_and_its_children_follow_it(
+    store: Store, tmp_path: Path, name: str
+) -> None:
+    """The children may be stored or not, and may be grandchildren."""
+    grandchild = f'name = "{name}-grandchild"\nextends = "{name}-child"\n'
+    policies = book(store, tmp_path, source(name, RULE))
+    (tmp_path / f"{name}-child.toml").write_text(child(name))
+    await activate(store, grandchild, "1")
+    first = [await policies.of(one) for one in (name, f"{name}-child", f"{name}-grandchild")]
+    assert {policy.persona for policy in first} == {"Be kind."}
+    await activate(store, source(name, RULE, "Be brief."))
+    await policies.refresh()
+    after = [await policies.of(one) for one in (name, f"{name}-child", f"{name}-grandchild")]
+    assert {policy.persona for policy in after} == {"Be brief."}
+    assert all(one.version != other.version for one, other in zip(first, after, strict=True))
+    await policies.refresh()
+    assert await policies.of(f"{name}-grandchild") is after[2]
+
+
+async def test_a_policy_that_is_not_concerned_stays_the_same_value(store: Store, tmp_path: Path, name: str) -> None:
+    policies = book(store, tmp_path, source(name), source(f"{name}-other"))
+    other = await policies.of(f"{name}-other")
+    await activate(store, source(name, persona="Be brief."))
+    await policies.refresh()
+    assert await policies.of(f"{name}-other") is other
+
+
+@pytest.mark.parametrize(
+    ("parent", "problem"),
+    [
+        (RULE.replace('"no"', '"nay"'), "no policy that is extended has a rule of this name"),
+        (RULE.replace("[[example]]", "threshold = 0.5\nlocked = true\n[[example]]", 1), "is locked ("),
+        (RULE.replace("forbidden'", "prohibited'").replace("is forbidden", "is prohibited"), "expected refuse"),
+    ],
+    ids=["it is gone", "it is locked now", "an example fails"],
+)
+async def test_a_child_that_cannot_follow_its_parent_stays_as_it_was_and_says_so(
+    store: Store, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture, parent: str, problem: str
+) -> None:
+    metrics = Metrics()
+    (tmp_path / f"{name}.toml").write_text(source(name, RULE))
+    example = '[[example]]\nask = "It is forbidden!"\nexpect = "refuse"\nrule = "no"\n'
+    more = f'[[input]]\nname = "no"\nmode = "enforce"\nthreshold = 0.6\n{example}'
+    await activate(store, child(name, more), "1")
+    policies = PolicyBook(store, [tmp_path], metrics)
+    before = await policies.of(f"{name}-child")
+    assert stale(metrics, f"{name}-child") == 0
+    await policies.of(name)
+    await activate(store, source(name, parent))
+    for _ in range(3):
+        await policies.refresh()
+    assert await policies.of(f"{name}-child") is before
+    assert (await policies.of(name)).version != loads(source(name, RULE)).version, "the parent itself is new"
+    (told,) = [record for record in caplog.records if record.message == "policy_not_loaded"]
+    fields = told.__dict__["fields"]
+    assert (fields["policy"], fields["kept"]) == (f"{name}-child", before.id)
+    assert problem in str(fields["problems"])
+    assert stale(metrics, f"{name}-child") == 1
+    await activate(store, source(name, RULE, "Be brief."))
+    await policies.refresh()
+    assert (await policies.of(f"{name}-child")).persona == "Be brief."
+    assert stale(metrics, f"{name}-child") == 0
+
+
+async def test_who_puts_a_parent_is_told_which_children_cannot_follow(store: Store, tmp_path: Path, name: str) -> None:
+    policies = book(store, tmp_path, source(name, RULE))
+    await activate(store, child(name, '[[input]]\nname = "no"\nthreshold = 0.4\n'), "1")
+    assert (await policies.put(source(name, RULE, "Be brief."), "dana", True, None)).left_behind == {}
+    put = await policies.put(source(name, RULE.replace('"no"', '"nay"')), "dana", True, None)
+    assert list(put.left_behind) == [f"{name}-child"]
+    assert "no policy that is extended has a rule of this name" in put.left_behind[f"{name}-child"][0]
+
+
+async def test_a_draft_is_made_live_by_the_start_of_its_version_and_taken_back(
+    store: Store, tmp_path: Path, name: str
+) -> None:
+    policies = book(store, tmp_path)
+    one, two, three = (source(name, RULE, persona) for persona in ("One.", "Two.", "Three."))
+    for text in (one, two, three):
+        await policies.put(text, "dana", False, None)
+    states = {version.version: version.state for version in await store.policies(name)}
+    assert set(states.values()) == {"draft"} and len(states) == 3
+    for text in (one, three):
+        await policies.activate(name, loads(text).version[:6], "dana", None)
+        assert (await policies.of(name)).persona == loads(text).persona
+    states = {version.version: version.state for version in await store.policies(name)}
+    assert [states[loads(text).version] for text in (one, two, three)] == ["retired", "draft", "active"]
+    back = await policies.roll_back(name, "", "dana", None)
+    assert back.policy.persona == "One.", "a draft was never live, so nobody goes back to it"
+    with pytest.raises(NotFound, match="was ever live"):
+        await policies.roll_back(name, "", "dana", None)
+    with pytest.raises(NotFound, match="no version of policy"):
+        await policies.activate(name, "xyz", "dana", None)
+    actions = [entry.action for entry in await store.audit_log() if name in entry.subject]
+    assert actions == ["policy.rollback", *["policy.activate"] * 2, *["policy.put"] * 3]

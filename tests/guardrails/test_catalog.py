@@ -5,12 +5,17 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from guardrails import catalog
+from guardrails import Action, PolicyError, catalog, judge, loads
 from guardrails.spans import PatternError
 from guardrails.types import Context, Validator
 
 DOCS = Path(__file__).parents[2] / "docs" / "validators.md"
-LEAST = {
+LEAST: dict[str, dict[str, object]] = {
+    "disclaimer": {"text": "This is no advice."},
+    "json_schema": {"shape": {"type": "object"}},
+    "keywords": {"words": ["salary"]},
+    "mentions": {"names": [{"name": "Acme"}]},
+    "tool_calls": {"tools": []},
     "grader": {"question": "Is this rude?"},
     "guard_model": {"kind": "plain", "question": "Is this rude?"},
     "language": {"allow": ["en"]},
@@ -45,7 +50,7 @@ def example() -> str:
     return re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[0]
 
 
-@pytest.mark.parametrize("name", catalog.BUILT_IN)
+@pytest.mark.parametrize("name", [name for name in catalog.BUILT_IN if name != "presidio"])  # an extra
 def test_every_validator_can_be_built_of_its_least_options(name):
     options = catalog.options(name).model_validate(LEAST.get(name, {}))
     assert isinstance(catalog.build(name, options), Validator)
@@ -82,7 +87,7 @@ def _labels(model: type[BaseModel]) -> list[str]:
 
 
 def test_an_unknown_name_is_answered_with_the_known_ones():
-    with pytest.raises(catalog.CatalogError, match="there is no validator 'persona'; there are: grader, guard_model"):
+    with pytest.raises(catalog.CatalogError, match="there is no validator 'persona'; there are: code, disclaimer"):
         catalog.options("persona")
 
 
@@ -98,6 +103,38 @@ async def test_the_ten_lines_of_the_page_are_a_validator(install, example):
     validator = catalog.build("badge", catalog.options("badge").model_validate({"site": "B"}))
     text = "Badge B-12345, not C-12345"
     assert [text[one.start : one.end] for one in await validator.find(text, Context())] == ["B-12345"]
+
+
+BADGES = """
+name = "badges"
+
+[[output]]
+name = "no-badges"
+validator = "badge"
+site = "B"
+action = "redact"
+placeholder = "(a badge)"
+
+[[example]]
+answer = "Badge B-12345, not C-12345."
+expect = "redact"
+rule = "no-badges"
+becomes = "Badge (a badge), not C-12345."
+
+[[example]]
+answer = "Show your badge."
+expect = "allow"
+"""
+
+
+async def test_the_ten_lines_of_the_page_work_in_a_policy(install, example):
+    install("badge = acme_badges", example)
+    policy = loads(BADGES)
+    (shown, spared) = policy.examples
+    assert (await judge(policy.output, shown.text)).text == shown.becomes
+    assert (await judge(policy.output, spared.text)).action is Action.ALLOW
+    with pytest.raises(PolicyError, match="sight"):
+        loads(BADGES.replace("site =", "sight ="))
 
 
 def test_a_package_is_not_imported_before_its_validator_is_asked_for(install, example):

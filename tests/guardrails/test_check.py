@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
-from guardrails.check import Rate, check, render
+from guardrails.check import Rate, Times, as_json, check, render
 from guardrails.policy import loads
 from guardrails.types import Action, Context, Example, Finding, Message, Policy, Reading, Rule
 
@@ -152,7 +153,7 @@ def policy_of(*rules: Rule, examples: Sequence[Example]) -> Policy:
     ],
 )
 async def test_an_answer_that_a_stream_shows_too_early_fails(validator: Early, fault: str, action: Action) -> None:
-    rule = Rule("leak", validator, action, "No.")
+    rule = Rule("leak", validator, action, "No.", views=False)
     examples = [Example("output", "my secret", action), Example("output", "none", Action.ALLOW)]
     report = await check(policy_of(rule, examples=examples))
     [failure] = report.failures
@@ -166,7 +167,7 @@ async def test_a_broken_rule_is_not_taken_for_a_refusal() -> None:
 
 
 async def test_a_pattern_that_hostile_text_keeps_busy_is_a_fault() -> None:
-    slow = POLICY.replace("'\\bpets?\\b'", "'\\bpets?\\b', '(a|a|aa|aaa)+(?:a|aa)+(?:a|aa)+(?<!\\1c)b'")
+    slow = POLICY.replace("'\\bpets?\\b'", "'\\bpets?\\b', '(?:a|b)+(?<=[xy])'")
     [fault] = await faults(slow)
     assert re.match(r"rule 'no-pets' (broke \(TimeoutError\)|read [\d.]+ s) on a long text of 'a'; bound its", fault)
 

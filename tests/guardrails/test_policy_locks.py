@@ -245,7 +245,7 @@ def test_a_change_belongs_to_the_place_of_the_rule_and_a_new_rule_to_the_end() -
         (change('validator = "topics"'), 5, "is a rule of validator 'patterns' (house@1:6)", "`remove` takes this one"),
         (change("", stage="output"), 4, "is an input rule (house@1:6)", "write [[input]]"),
         (change("threshold = 0.1", "no-petz"), 4, "no policy that is extended has a rule of this name", "'no-pets'?"),
-        (change("threshold = 0.1", "other"), 3, "has no 'validator'", "add validator"),
+        (change("threshold = 0.1", "other"), 4, "has no 'validator', and no policy", "add validator"),
         (change("paterns = []"), 5, "unknown key 'paterns'", "did you mean 'patterns'?"),
         (change('reply = " "'), 5, "has no reply", "with what to say"),
         (change("threshold = 3"), 5, "'threshold'", "correct this value"),

@@ -9,23 +9,27 @@ from hypothesis import strategies as st
 from guardrails.spans import Spans
 from guardrails.types import Context, Finding, StreamValidator
 from guardrails.validators import (
+    code,
     injection,
     keywords,
     language,
     length,
     mentions,
     patterns,
+    repetition,
     secrets,
     topics,
     urls,
 )
 from tests.guardrails import (
+    test_validators_code,
     test_validators_injection,
     test_validators_keywords,
     test_validators_language,
     test_validators_mentions,
     test_validators_patterns,
     test_validators_personal,
+    test_validators_repetition,
     test_validators_secrets,
     test_validators_topics,
     test_validators_urls,
@@ -49,6 +53,8 @@ GUARDS: dict[str, tuple[StreamValidator, list[str]]] = {
     "keywords": (keywords.build(test_validators_keywords.OPTIONS), test_validators_keywords.TEXTS),
     "mentions": (mentions.build(test_validators_mentions.OPTIONS), test_validators_mentions.TEXTS),
     "urls": (urls.build(test_validators_urls.LISTED), test_validators_urls.TEXTS),
+    "code": (code.build(test_validators_code.OPTIONS), test_validators_code.TEXTS),
+    "repetition": (repetition.build(test_validators_repetition.OPTIONS), test_validators_repetition.TEXTS),
 }
 TABLE = [(name, text) for name, (_, texts) in GUARDS.items() for text in texts]
 BENIGN = (
@@ -99,7 +105,7 @@ async def test_patterns_find_together_what_each_finds_alone(name, text):
     [
         ("personal", PERSONAL),
         ("secrets", SECRETS),
-        *((name, GUARDS[name][1]) for name in ("keywords", "mentions", "urls")),
+        *((name, GUARDS[name][1]) for name in ("keywords", "mentions", "urls", "code", "repetition")),
     ],
 )
 def test_any_texts_in_any_pieces_give_the_findings_of_the_whole(name, texts, data):
@@ -119,6 +125,8 @@ def test_any_texts_in_any_pieces_give_the_findings_of_the_whole(name, texts, dat
         ("injection", 32),
         ("topics", 16),
         ("keywords", 12),
+        ("code", 32),
+        ("repetition", 40),
         ("mentions", 12),
         ("urls", 16),
     ],
@@ -133,7 +141,9 @@ def test_of_ordinary_text_little_is_held_back(name, most):
     assert held <= most
 
 
-@pytest.mark.parametrize("name", ["personal", "secrets", "injection", "keywords", "mentions", "urls"])
+@pytest.mark.parametrize(
+    "name", ["personal", "secrets", "injection", "keywords", "mentions", "urls", "code", "repetition"]
+)
 @pytest.mark.parametrize(
     "unit",
     [

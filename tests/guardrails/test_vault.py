@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from guardrails.types import Finding
+from guardrails.conversation import judge_messages
+from guardrails.spans import Span, Spans
+from guardrails.types import Action, Context, Finding, Message, Rule
 from guardrails.vault import Entry, Restorer, Vault, may_be, name_of, restore
 
 VALUES = {
@@ -165,6 +167,50 @@ def test_an_entry_that_is_no_placeholder_is_turned_down(wrong: str) -> None:
         Vault([Entry(wrong, "a@x.org")])
 
 
+# --- judging with a vault
+
+
+class Word:
+    """Finds a word, as a validator that asks a model would; remembers what it was asked about."""
+
+    def __init__(self, word: str):
+        self.word, self.asked = word, list[str]()
+
+    async def find(self, text: str, context: Context) -> Sequence[Finding]:
+        self.asked += [text, *(message.content for message in context.messages)]
+        at = text.find(self.word)
+        return [] if at < 0 else [Finding("name", at, at + len(self.word))]
+
+
+MAIL = Rule("mail", Spans([Span("email", r"\w+@\w+")]), Action.REDACT, vault=True)
+STOP = Rule("stop", Spans([Span("bad", "forbidden")]), Action.REFUSE, "No.")
+
+
+async def seen(rules: Sequence[Rule], text: str) -> str:
+    messages = (Message("user", text),)
+    return (await judge_messages(rules, messages, Context(messages, vault=Vault())))[1][0].content
+
+
+async def test_rules_that_redact_are_read_whatever_others_found() -> None:
+    names = Rule("names", Word("Ann"), Action.REDACT, vault=True)
+    assert await seen([MAIL, names], "Ann is a@b") == "[NAME_1] is [EMAIL_1]"
+    assert await seen([STOP, MAIL, names], "forbidden: Ann is a@b") == "forbidden: [NAME_1] is [EMAIL_1]"
+    assert (await seen([STOP, MAIL], "forbidden: a@b " + "x" * 30_000)).startswith("forbidden: [EMAIL_1] x")
+
+
+async def test_other_rules_that_ask_a_model_are_asked_about_what_is_left() -> None:
+    names, word = Word("Ann"), Word("medicine")
+    asking = Rule("medical", word, Action.REFUSE, "No.", views=False)
+    rules = [MAIL, Rule("names", names, Action.REDACT, vault=True), asking]
+    await seen(rules, "Ann is a@b")
+    assert "Ann is a@b" in names.asked
+    assert set(word.asked) == {"[NAME_1] is [EMAIL_1]"}
+
+
+async def test_without_a_vault_a_rule_redacts_for_good() -> None:
+    assert (await judge_messages([MAIL], [Message("user", "I am a@b")]))[1] == (Message("user", "I am [EMAIL]"),)
+
+
 # --- hiding values where no rule finds them
 
 
@@ -207,6 +253,16 @@ def test_nothing_of_a_value_is_left_in_what_is_kept(values: list[str], text: str
         vault.placeholder("x", value)
     left = vault.hide(text, everywhere=True)
     assert not any(value in left for value in values if value.strip())
+
+
+def test_values_that_overlap_are_hidden_together() -> None:
+    vault = Vault([Entry("[NAME_1]", "Ann Smith"), Entry("[NAME_2]", "Smith Jones-Miller"), Entry("[NAME_3]", "Jones")])
+    assert vault.hide("Dear Ann Smith Jones-Miller, Ann Smith!") == "Dear [NAME_2], [NAME_1]!"
+
+
+def test_values_within_values_are_looked_for_in_time() -> None:
+    vault = Vault(Entry(f"[X_{n}]", "a" * n) for n in range(1, 1000))
+    assert set(vault.hide("a" * 100_000, everywhere=True)) <= set("[]X_0123456789")
 
 
 # --- giving values back

@@ -38,8 +38,8 @@ POOL = 350
 """Windows of finds, and as many harmless ones, that a head carries along to be measured on when it is adapted."""
 SENSITIVE = ("coconot", "contrasts")
 """Sources of harmless near misses: a recipe says how many of each may be hit, and a fifth of that at the second."""
-UNCOUNTED = ("gptfuzzer-replies", "coconot-replies")
-"""Sources that set no threshold: refusals that repeat the harmful question they refuse."""
+UNCOUNTED = ("gptfuzzer-replies", "coconot-replies", "gptfuzzer")
+"""Sources that set no threshold: refusals that repeat the harmful question, and replies that only begin as refusals."""
 WORSE_AUROC, WORSE_RATE = 0.01, 0.01
 """How much a new head may lose on the pool, and how much more of a benign part it may hit."""
 
@@ -64,13 +64,13 @@ class Recipe:
     block: float = 0.002
     sensitive: float = 0.1
     finds: float = 0.35
-    folds: int = 6
+    folds: int = 14
 
 
 RECIPES = {
     "injection": Recipe("injection", ("injection",), l2=3e-5, letters=1.0),
     "harm": Recipe("harm", HAZARDS, escalate=0.03, sensitive=0.25),
-    "refusal": Recipe("refusal", (REFUSAL,), letters=1.0),
+    "refusal": Recipe("refusal", (REFUSAL,), letters=1.0, sensitive=0.12),
 }
 
 
@@ -297,7 +297,13 @@ def thresholds(values: Numbers, sources: NDArray[np.str_], recipe: Recipe) -> tu
     groups = [group for group in groups if len(group[0])] or [(values, recipe.escalate, recipe.block)]
     escalate = max(float(np.quantile(some, 1 - first)) for some, first, _ in groups)
     block = max(float(np.quantile(some, 1 - second)) for some, _, second in groups)
-    return escalate, max(block, escalate + 0.5)
+    return _apart(escalate, block)
+
+
+def _apart(escalate: float, block: float) -> tuple[float, float]:
+    """The two logits within what a probability can say, the second above the first."""
+    escalate = min(max(escalate, -12.0), 12.0)
+    return escalate, min(max(block, escalate + 0.5), 13.0)
 
 
 def rates(scores: Numbers, rows: Sequence[Row]) -> list[Rates]:
@@ -384,7 +390,7 @@ def train(
 def _head(recipe: Recipe, fitted: Fit, slope: float, shift: float, edges: tuple[float, float]) -> Head:
     """The head of a fit and its calibration."""
     scale = float(np.abs(fitted.letters).max()) / 127 or 1.0
-    escalate, block = sigmoid(np.array(edges)).clip(1e-6, 1 - 1e-6)
+    escalate, block = sigmoid(np.array(edges))
     return Head(
         name=recipe.head,
         labels=recipe.labels,
@@ -492,11 +498,11 @@ def adapt(
     head, carried = read(path), _read_carried(path)
     data = table(rows, embeddings.of([row.text for row in rows], report), head.bits)
     moved, bend = _moved(head, carried, data)
-    bars = [np.log(p / (1 - p)) for p in (head.escalate, head.block)]
+    bars = [float(np.log(p / (1 - p))) for p in (head.escalate, head.block)]
     before, after = _pool(head, carried), _pool(moved, carried)
     harmless = ~carried["pool_finds"]
     shift = float(np.quantile(after[harmless], 0.98) - np.quantile(before[harmless], 0.98))
-    escalate, block = sigmoid(np.array(bars) + shift)
+    escalate, block = sigmoid(np.array(_apart(bars[0] + shift, bars[1] + shift)))
     about = dict(head.about) | {"adapted": int(head.about.get("adapted", 0)) + len(rows)}
     moved = replace(moved, escalate=float(escalate), block=float(block), about=about)
     extra = dict(carried) | {"curvature": _packed(bend)}

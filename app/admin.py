@@ -61,7 +61,7 @@ async def ticket(request: Request, ticket_id: str) -> Response:
     if found is None:
         raise ApiError(404, f"There is no ticket '{ticket_id}'.", code="ticket_not_found", param="ticket_id")
     turns = await service.store.turns(found.conversation, found.tenant)
-    said = [{"id": turn.id, "asked": turn.asked, "said": turn.said, "action": turn.action} for turn in turns]
+    said = [{"id": turn.id, "asked": turn.question, "said": turn.said, "action": turn.action} for turn in turns]
     return JSONResponse(_shown("ticket", found) | {"turns": said})
 
 

@@ -7,6 +7,7 @@ engine's work at once, and there is one road to test.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ import orjson
 
 from guardrails.answers import weighed
 from guardrails.guard_formats import ANSWER
-from guardrails.types import Message, Token
+from guardrails.types import Message, Token, ToolMessage
 
 T = TypeVar("T")
 Fault = Literal["unreachable", "busy", "rejected", "timeout", "broken"]
+MAX_CALLS = 128
+"""Tool calls in one reply."""
 MAX_EVENT = 4_194_304
 """Bytes of one event; a token with its log-probabilities has some hundred."""
 DONE = b"[DONE]"
@@ -47,6 +50,15 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True)
+class CallDelta:
+    """A piece of the tool call of this number: of its name, of its arguments."""
+
+    number: int
+    name: str = ""
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """A piece of a reply; the last ones carry the finish reason and the token counts."""
 
@@ -54,6 +66,13 @@ class Delta:
     finish_reason: str = ""
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    reasoning: str = ""
+    calls: tuple[CallDelta, ...] = ()
+
+    @property
+    def says(self) -> bool:
+        """True when the model has written something in it."""
+        return bool(self.text or self.reasoning or self.calls)
 
 
 class Backend(Protocol):
@@ -114,7 +133,7 @@ class OpenAIBackend:
                 while (event := await _within(until, anext(source, DONE))) != DONE:
                     delta = _delta(event)
                     finished = finished or bool(delta.finish_reason)
-                    speaking = speaking or bool(delta.text)
+                    speaking = speaking or delta.says
                     yield delta
                     if speaking:
                         until = min(over, clock() + self._timeouts.idle)
@@ -135,9 +154,34 @@ class OpenAIBackend:
         """The engine's answer to a request, status 200, and its failures as BackendError; hangs up at the end."""
         upstream = self._upstream()
         told = {name: value for name, value in body.items() if name not in upstream.without}
-        told |= {"model": upstream.model, "messages": [{"role": one.role, "content": one.content} for one in messages]}
+        told |= {"model": upstream.model, "messages": written(messages)}
         async with posted(self._session, upstream, "chat/completions", told, until) as response:
             yield response
+
+
+def written(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The conversation as engines read it: tool calls belong to the message before them."""
+    out: list[dict[str, Any]] = []
+    for one in messages:
+        if not isinstance(one, ToolMessage):
+            out.append({"role": one.role, "content": one.content})
+        elif one.role == "tool":
+            out.append({"role": "tool", "content": one.content, "tool_call_id": one.call})
+        else:
+            if not out or out[-1]["role"] != "assistant":
+                out.append({"role": "assistant", "content": None})
+            function = {"name": one.name, "arguments": _valid(one.content)}
+            out[-1].setdefault("tool_calls", []).append({"id": one.call, "type": "function", "function": function})
+    return out
+
+
+def _valid(arguments: str) -> str:
+    """Arguments that are JSON, though they were written or redacted so that they are none: engines refuse those."""
+    try:
+        json.loads(arguments)
+    except (ValueError, RecursionError):
+        return json.dumps({"arguments": arguments}, ensure_ascii=False)
+    return arguments
 
 
 @asynccontextmanager
@@ -212,14 +256,25 @@ def _delta(event: bytes) -> Delta:
             raise _error_frame(error)
         usage = frame.get("usage") or {}
         choice = (frame.get("choices") or [{}])[0]
+        delta = choice.get("delta") or {}
         return Delta(
-            str((choice.get("delta") or {}).get("content") or ""),
+            str(delta.get("content") or ""),
             str(choice.get("finish_reason") or ""),
             int(usage.get("prompt_tokens") or 0),
             int(usage.get("completion_tokens") or 0),
+            str(delta.get("reasoning_content") or delta.get("reasoning") or ""),
+            tuple(_call(place, call) for place, call in enumerate(delta.get("tool_calls") or ())),
         )
     except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError, ValueError):
         raise BackendError("broken", "The engine sent an event that is no chunk of a chat completion.") from None
+
+
+def _call(place: int, call: Any) -> CallDelta:
+    number, function = call.get("index"), call.get("function") or {}
+    number = place if number is None else int(number)
+    if not 0 <= number < MAX_CALLS:
+        raise ValueError
+    return CallDelta(number, str(function.get("name") or ""), str(function.get("arguments") or ""))
 
 
 def _error_frame(error: Any) -> BackendError:

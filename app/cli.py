@@ -384,7 +384,8 @@ def explained(turn: Turn) -> dict[str, Any]:
         "history",
         "ticket",
     )
-    shown = {name: value for name, value in plain.items() if name not in hidden}
+    calls = [{"id": call.call, "name": call.name, "arguments": call.content} for call in turn.calls]
+    shown = {name: value for name, value in plain.items() if name not in hidden} | {"calls": calls}
     return shown | {"ticket": turn.ticket.id if turn.ticket else "", "hits": hits}
 
 

@@ -32,11 +32,12 @@ from rich.text import Text
 
 from alignment import pretrained
 from app.backends import events
-from app.cli import Refusal, converter
+from app.cli import converter
 from app.desk import verify
 from app.export import export
 from app.records import KeyScope, Tenant, Ticket, Turn, now
 from app.settings import Settings
+from app.shell import Refusal
 from app.store import Store
 
 News: TypeAlias = "asyncio.Queue[tuple[dict[str, str], bytes]]"

@@ -28,7 +28,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from alignment import pretrained
-from app.launch import EngineError, Kind, Plan, choose, installed
+from app.launch import TOOLING, EngineError, Kind, Plan, choose, installed
 from app.settings import EngineSettings
 
 log = logging.getLogger("newel.engine")
@@ -82,7 +82,7 @@ class Engine:
         self.url = _base(settings.url) if settings.url else ""
         self.model = settings.model if settings.url else _name(settings.model)
         self.api_key = settings.api_key.get_secret_value() if settings.api_key else ""
-        self.without: frozenset[str] = frozenset()
+        self.without = self._lacking()
         self.doing = ""
         self.restarts = 0
         self.last_error: str | None = None
@@ -142,6 +142,12 @@ class Engine:
         if self._on_change:
             self._on_change(self)
 
+    def _lacking(self) -> frozenset[str]:
+        """What this engine must not be sent by its settings: a vLLM of ours calls tools only with a parser for them."""
+        chosen = frozenset(self._settings.without)
+        parses = self.kind != "vllm" or "--enable-auto-tool-choice" in self._settings.args
+        return chosen if parses and "tools" not in chosen else chosen | TOOLING
+
     # -- a process of ours ------------------------------------------------------------------------------------------
 
     async def _supervise(self) -> None:
@@ -172,7 +178,8 @@ class Engine:
         self._tail.clear()
         self._process = None
         plan = await self._plan()
-        self.kind, self.without = plan.kind, plan.without
+        self.kind = plan.kind
+        self.without = plan.without | self._lacking()
         self.doing = plan.why
         port = _free_port()
         self.url, self.api_key = f"http://127.0.0.1:{port}/v1", secrets.token_urlsafe(32)

@@ -11,6 +11,8 @@ from typing import Literal
 
 Kind = Literal["external", "vllm", "cpu"]
 
+TOOLING = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
+"""What an engine is not sent that has no parser for tool calls: it would refuse the request."""
 _DEVICES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel0")
 # Threads of a CPU engine sleep while they wait for each other, and do not spin: 2 to 5 times as fast on shared cores.
 _SHARED_CORES = {"OMP_WAIT_POLICY": "passive"}
@@ -78,6 +80,7 @@ def _embedded(python: str, why: str) -> Plan:
         [python, "-m", "alignment.serve"],
         {"TQDM_DISABLE": "1"} | _SHARED_CORES,
         f"the embedded CPU engine: {why}",
+        without=TOOLING | {"reasoning_effort", "response_format"},
     )
 
 

@@ -239,8 +239,9 @@ def _as_the_gateway(policy: str, found: Resolved) -> None:
     except PolicyError:
         same = False
     if not same:
-        advice = "put that into the folder of `policies`, or activate it first"
-        raise Refusal(f"{policy} extends a file that the gateway does not read; {advice}")
+        files = ", ".join(found.files[1:])
+        advice = "put it into the folder of `policies`, or activate it first"
+        raise Refusal(f"{policy} extends what the gateway does not read ({files}); {advice}")
 
 
 def _make_live(policy: Policy, known: PolicyVersion | None = None) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Literal
 
-from guardrails.types import Hit, Message, Priority, Verdict
+from guardrails.types import Hit, Message, Priority, ToolMessage, Verdict
 
 WhenStoreFails = Literal["refuse", "answer"]
 KeyScope = Literal["client", "admin"]
@@ -53,8 +53,9 @@ class Key:
 class Turn:
     """One exchange and every decision on the way; filled in from top to bottom by `app.chat.answer`.
 
-    asked is what was asked as the policy lets it be kept (redacted); said is what the client saw. withheld_* hold
-    the raw texts where they differ, and are stored apart, in a stricter class.
+    asked is what was asked as the policy lets it be kept (redacted); said is what the client saw, and so are reasoning
+    and calls, the tool calls. Where a tool's result is what is answered, asked is empty, and the results end history.
+    withheld_* hold the raw texts where they differ, and are stored apart, in a stricter class.
     """
 
     id: str
@@ -66,10 +67,12 @@ class Turn:
     request_id: str
     streamed: bool
     subject: str = ""
-    history: tuple[Message, ...] = ()
+    history: tuple[ToolMessage | Message, ...] = ()
     asked: str = ""
     withheld_asked: str = ""
     said: str = ""
+    reasoning: str = ""
+    calls: tuple[ToolMessage, ...] = ()
     withheld_said: str = ""
     input: Verdict | None = None
     output: Verdict | None = None
@@ -91,6 +94,31 @@ class Turn:
     def ended(self) -> bool:
         """True when nothing more will be said or decided."""
         return self.total_ms is not None
+
+    @property
+    def uses_tools(self) -> bool:
+        """True when tools were called in it or before it."""
+        return bool(self.calls) or any(isinstance(message, ToolMessage) for message in self.history)
+
+    @property
+    def results(self) -> tuple[Message, ...]:
+        """The results of tools that are what is answered, where nothing is asked: the end of the history."""
+        new = len(self.history)
+        while not self.asked and new and self.history[new - 1].role == "tool":
+            new -= 1
+        return self.history[new:]
+
+    @property
+    def exchange(self) -> tuple[Message, ...]:
+        """What was new in this turn: the question or the results of tools, and the reply."""
+        asked = self.results or (Message("user", self.asked),)
+        return (*asked, *((Message("assistant", self.said),) if self.said else ()), *self.calls)
+
+    @property
+    def question(self) -> str:
+        """What the person has asked, also where results of tools came after it."""
+        told = (message.content for message in reversed(self.history) if message.role == "user")
+        return self.asked or next(told, "")
 
     @property
     def hits(self) -> tuple[tuple[str, Hit], ...]:

@@ -13,7 +13,7 @@ def exchange(logged: Logged) -> Exchange:
     What was said before is as the policy of that time let it be kept. Only the newest message is raw.
     """
     turn = logged.turn
-    asked = Message("user", turn.withheld_asked or turn.asked)
+    asked = () if turn.results else (Message("user", turn.withheld_asked or turn.asked),)
     hits = turn.input.hits if turn.input else ()
     newest = max(
         (hit.message for hit in hits), default=-1
@@ -22,8 +22,8 @@ def exchange(logged: Logged) -> Exchange:
     written = turn.withheld_said or (turn.said if turn.output else "")
     return Exchange(
         id=turn.id,
-        messages=(*turn.history, asked),
-        trusted=len(turn.history) if logged.known else 0,
+        messages=(*turn.history, *asked),
+        trusted=len(turn.history) - len(turn.results) if logged.known else 0,
         draft=written or None,
         action=Action[turn.action.upper()],
         rule=turn.rule,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection, Sequence
 from typing import Any, Literal, TypeVar
 
 import orjson
@@ -10,13 +11,20 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import ErrorDetails
 
 from app.errors import ApiError
-from guardrails.types import Message, Role
+from guardrails.arguments import plain
+from guardrails.types import Message, Role, ToolMessage
 
 Model = TypeVar("Model", bound=BaseModel)
 MAX_MESSAGES = 1000
 MAX_TOKENS = 1_000_000
 MAX_SEED = 2**63
 """Seeds are 64-bit integers with a sign, as in vLLM."""
+MAX_TOOLS = 128
+TOOL = r"^[A-Za-z0-9_.:/-]{1,128}$"
+"""Names of tools: nothing that a sentence could be written in, since they are not judged."""
+CALL = r"^[!-~]{1,128}$"
+DEFINING = ("system", "developer")
+"""The roles in which the guards read the definition of a tool, and the shape that a reply must have."""
 
 
 class Body(BaseModel):
@@ -25,12 +33,30 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class Called(Body):
+    """The function of a tool call, with its arguments in JSON."""
+
+    name: str = Field(pattern=TOOL)
+    arguments: str
+
+
+class ToolCall(Body):
+    """A tool call that an earlier reply made."""
+
+    model_config = ConfigDict(extra="ignore")
+    id: str = Field(pattern=CALL)
+    type: Literal["function"] = "function"
+    function: Called
+
+
 class ChatMessage(Body):
     """One message; other keys that SDKs send back (`refusal`, `annotations`, ...) are not read and not forwarded."""
 
     model_config = ConfigDict(extra="ignore")
     role: Role
     content: str | None = None
+    tool_calls: list[ToolCall] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_call_id: str | None = Field(default=None, pattern=CALL)
 
     @field_validator("content", mode="before")
     @classmethod
@@ -48,12 +74,51 @@ class ChatMessage(Body):
     def _has_content(self) -> ChatMessage:
         if self.content is None and self.role != "assistant":
             raise ValueError(f"a message of role '{self.role}' needs content")
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError(f"a message of role '{self.role}' makes no tool calls")
         return self
 
     @property
-    def message(self) -> Message:
-        """The message as the guards and the engine read it."""
-        return Message(self.role, self.content or "")
+    def messages(self) -> list[Message]:
+        """The message as the guards read it: each tool call is one by itself, whose content are its arguments."""
+        if self.role == "tool" and self.tool_call_id:
+            return [ToolMessage("tool", self.content or "", self.tool_call_id, "")]
+        calls: list[Message] = [
+            ToolMessage("assistant", plain(one.function.arguments), one.id, one.function.name)
+            for one in self.tool_calls or ()
+        ]
+        return [Message(self.role, self.content or ""), *calls] if self.content or not calls else calls
+
+
+class Function(Body):
+    """What a model is told of a tool; other keys are not forwarded."""
+
+    model_config = ConfigDict(extra="ignore")
+    name: str = Field(pattern=TOOL)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Body):
+    """A tool that a reply may call."""
+
+    model_config = ConfigDict(extra="ignore")
+    type: Literal["function"]
+    function: Function
+
+
+class Named(Body):
+    """The name of a tool."""
+
+    name: str = Field(pattern=TOOL)
+
+
+class Choose(Body):
+    """The one tool that a reply must call."""
+
+    type: Literal["function"]
+    function: Named
 
 
 class StreamOptions(Body):
@@ -84,19 +149,33 @@ class ChatRequest(Body):
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
     response_format: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: Literal["auto", "none"] | None = None
+    tools: list[Tool] | None = Field(default=None, max_length=MAX_TOOLS)
+    tool_choice: Literal["auto", "none", "required"] | Choose | None = None
     parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = Field(default=None, pattern=r"^[a-z]{1,16}$")
     store: bool | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
 
     @field_validator("response_format")
     @classmethod
-    def _text_only(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value and value.get("type") != "text":
-            raise ValueError("only {'type': 'text'} is served")
+    def _known_format(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value and value.get("type") not in ("text", "json_object", "json_schema"):
+            raise ValueError("its type must be 'text', 'json_object' or 'json_schema'")
+        if value and value["type"] == "json_schema" and not isinstance(value.get("json_schema"), dict):
+            raise ValueError("'json_schema' must be an object with a name and a schema")
         return value
+
+    @model_validator(mode="after")
+    def _has_tools(self) -> ChatRequest:
+        names = [tool.function.name for tool in self.tools or ()]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"the tool '{twice}' is defined twice in 'tools'")
+        if self.forced and not names:
+            raise ValueError("'tool_choice' asks for a tool, but 'tools' has none")
+        if isinstance(self.tool_choice, Choose) and self.tool_choice.function.name not in names:
+            raise ValueError("'tool_choice' names a tool that is not in 'tools'")
+        return self
 
     @field_validator("stop")
     @classmethod
@@ -108,22 +187,77 @@ class ChatRequest(Body):
     @field_validator("messages")
     @classmethod
     def _asks_something(cls, messages: list[ChatMessage]) -> list[ChatMessage]:
-        if messages[-1].role != "user":
-            raise ValueError("the last message must be from the user, since it is what is answered")
+        if messages[-1].role not in ("user", "tool"):
+            raise ValueError("the last message must be from the user or a tool, since it is what is answered")
         return messages
 
     @property
-    def ignored(self) -> list[str]:
-        """Parameters that were sent and have no effect."""
-        names = ("tools", "tool_choice", "parallel_tool_calls", "store", "service_tier", "prompt_cache_key")
-        return [name for name in names if getattr(self, name) is not None]
+    def forced(self) -> bool:
+        """True when the reply has to call a tool."""
+        return self.tool_choice is not None and self.tool_choice not in ("auto", "none")
 
-    def sampling(self) -> dict[str, Any]:
-        """The parameters that go to the engine."""
-        names = ("temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty")
+    @property
+    def structured(self) -> bool:
+        """True when the reply has to be JSON."""
+        return bool(self.response_format) and self.response_format != {"type": "text"}
+
+    @property
+    def offered(self) -> frozenset[str]:
+        """The names of the tools that the reply may call."""
+        return frozenset(() if self.tool_choice == "none" else (tool.function.name for tool in self.tools or ()))
+
+    def ignored(self, without: Collection[str] = ()) -> list[str]:
+        """Parameters that were sent and have no effect with an engine that is not sent those in `without`."""
+        names = {"store", "service_tier", "prompt_cache_key", *without}
+        return [name for name in type(self).model_fields if name in names and getattr(self, name) is not None]
+
+    def check(self, without: Collection[str]) -> None:
+        """Raises ApiError 400 where it would be wrong to ignore what the engine cannot do."""
+        if self.forced and "tools" in without:
+            message = "The engine that is served calls no tools: 'tool_choice' must be 'auto' or 'none'."
+            raise ApiError(400, message, code="invalid_value", param="tool_choice")
+        if self.structured and "response_format" in without:
+            message = "The engine that is served keeps to no format: 'response_format' must be {'type': 'text'}."
+            raise ApiError(400, message, code="invalid_value", param="response_format")
+
+    def conversation(self, without: Collection[str] = ()) -> tuple[Message, ...]:
+        """All that the engine is to read, as the guards read it: definitions of tools, a format, then the messages."""
+        out: list[Message] = []
+        if "tools" not in without:
+            told = ((tool.function.model_dump(exclude_none=True), tool.function.name) for tool in self.tools or ())
+            out += [ToolMessage(DEFINING[0], _json(function), "", name) for function, name in told]
+        if self.structured and self.response_format:
+            out.append(ToolMessage(DEFINING[1], _json(self.response_format), "", "response_format"))
+        return (*out, *(message for one in self.messages for message in one.messages))
+
+    def sampling(self, definitions: Sequence[ToolMessage] = ()) -> dict[str, Any]:
+        """The parameters that go to the engine; `definitions`: those of `conversation`, as the policy lets them be."""
+        names = ["temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty", "reasoning_effort"]
+        tools = [{"type": "function", "function": _read(one)} for one in definitions if one.role == DEFINING[0]]
+        names += ["parallel_tool_calls"] if tools else []
         out = {name: value for name in names if (value := getattr(self, name)) is not None}
         limit = self.max_completion_tokens or self.max_tokens
-        return out | ({"max_tokens": limit} if limit else {})
+        out |= {"max_tokens": limit} if limit else {}
+        if tools:
+            choice = self.tool_choice
+            chosen = {"tool_choice": choice.model_dump() if isinstance(choice, Choose) else choice} if choice else {}
+            out |= {"tools": tools} | chosen
+        formats = [_read(one) for one in definitions if one.role == DEFINING[1]]
+        return out | ({"response_format": formats[0]} if formats else {})
+
+
+def _json(value: object) -> str:
+    return orjson.dumps(value).decode()
+
+
+def _read(definition: ToolMessage) -> Any:
+    """The definition as JSON again; raises ApiError 400 where a redaction has left none behind."""
+    try:
+        return orjson.loads(definition.content)
+    except orjson.JSONDecodeError:
+        place = "tools" if definition.role == DEFINING[0] else "response_format"
+        message = f"'{place}' holds what this policy redacts, in a place where it cannot be: '{definition.name}'."
+        raise ApiError(400, message, code="invalid_value", param=place) from None
 
 
 class Choice(Body):

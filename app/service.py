@@ -22,7 +22,7 @@ from app.policies import PolicyBook
 from app.settings import Settings
 from app.store import Store
 from app.vault import Vaults
-from guardrails.types import Message
+from guardrails.types import Message, ToolMessage
 
 
 @dataclass(slots=True)
@@ -58,7 +58,9 @@ class Service:
 
         White space around messages does not count: clients trim it.
         """
-        said = orjson.dumps([tenant, subject, *([message.role, message.content.strip()] for message in messages)])
+        named = ((one.name if isinstance(one, ToolMessage) else "") for one in messages)
+        told = ([one.role, one.content.strip(), *filter(None, [name])] for one, name in zip(messages, named, strict=True))
+        said = orjson.dumps([tenant, subject, *told])
         return hmac.new(self.secret, said, hashlib.sha256).hexdigest()
 
     def pseudonym(self, tenant: str, person: str) -> str:

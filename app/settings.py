@@ -22,6 +22,7 @@ class EngineSettings(BaseModel):
     kind: Literal["auto", "vllm", "cpu"] = "auto"
     model: str = "smollm2-135m-instruct"
     args: list[str] = []
+    without: list[str] = []
     start_timeout: float = 600.0
 
 

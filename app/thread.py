@@ -63,7 +63,7 @@ async def recall(service: Service, turn: Turn, messages: tuple[Message, ...]) ->
                 thread = replace(thread, trusted=len(known))
                 turn.conversation = turn.conversation or conversation
         if named and not thread.trusted:
-            thread = _on_record(thread, await _said_before(service, turn))
+            thread = _on_record(thread, await _said_before(service, turn), bool(turn.subject))
         if turn.conversation:
             news = await service.store.undelivered_answers(turn.tenant, turn.conversation)
     except StoreDown:
@@ -75,20 +75,24 @@ async def recall(service: Service, turn: Turn, messages: tuple[Message, ...]) ->
 async def _said_before(service: Service, turn: Turn) -> list[Message]:
     """What this person asked in the conversation, and was told, as it is on record."""
     before = await service.store.turns(turn.conversation, turn.tenant)
-    ended = [one for one in before if one.subject == turn.subject and one.ended and one.said and not one.error]
-    out: list[Message] = []
-    for one in ended[-REMEMBERED:]:
-        out += (Message("user", one.asked), Message("assistant", one.said))
-    return out
+    mine = [one for one in before if one.subject == turn.subject and one.ended and not one.error]
+    ended = [one for one in mine if one.said or one.calls]
+    return [message for one in ended[-REMEMBERED:] for message in one.exchange]
 
 
-def _on_record(thread: Thread, said: Sequence[Message]) -> Thread:
-    """The thread with the record in place of the history that the client sent; its system messages are kept."""
+def _on_record(thread: Thread, said: Sequence[Message], known: bool) -> Thread:
+    """The thread with the record in place of the history that the client sent; its system messages are kept.
+
+    A person that nobody knows (not `known`) must show a reply of the conversation: its name may have been guessed.
+    """
     if not said:
         return thread
     replies = [place for place, message in enumerate(thread.messages) if message.role == "assistant"]
     new = thread.messages[replies[-1] + 1 :] if replies else thread.messages
     told = [message for message in thread.messages[: len(thread.messages) - len(new)] if message.role in SYSTEM]
     own = [message.content.strip() for message in said if message.role == "assistant"]
-    forged = not all(any(may_be(thread.messages[place].content.strip(), one) for one in own) for place in replies)
+    true = [any(may_be(thread.messages[place].content.strip(), one) for one in own) for place in replies]
+    forged = not all(true)
+    if not known and not any(true):
+        return replace(thread, forged=forged)
     return replace(thread, messages=(*said, *told, *new), trusted=len(said), forged=forged)

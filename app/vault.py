@@ -132,7 +132,8 @@ class Vaults:
     async def reveal(self, turn: Turn, actor: str, reason: str) -> dict[str, str]:
         """The values behind the placeholders of a turn that have not expired, for somebody who needs them: audited."""
         sealed = await self._store.reveal_values(owner_of(turn), turn.id, actor, reason)
-        said = "\n".join((turn.asked, turn.said, *(message.content for message in turn.history)))
+        messages = (*turn.history, *turn.calls)
+        said = "\n".join((turn.asked, turn.said, turn.reasoning, *(message.content for message in messages)))
         known, _ = self._read(turn, sealed)
         return {entry.placeholder: entry.value for entry in known if entry.placeholder in said}
 

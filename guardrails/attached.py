@@ -16,9 +16,13 @@ LARGEST = 16 * 1024 * 1024
 def read(name: str, info: ValidationInfo) -> str:
     """The text of a file, looked up in the policy's folder (`context={"folder": ...}` of the validation), else here.
 
-    Raises ValueError for a path that leads out of the folder, and for a file that cannot be read as UTF-8.
+    Raises ValueError where the policy has no folder, for a path that leads out of it, and for a file that cannot be
+    read as UTF-8.
     """
-    folder = Path((info.context or {}).get("folder") or ".").resolve()
+    context = {"folder": "."} if info.context is None else info.context
+    if context.get("folder") is None:
+        raise ValueError(f"{name!r} belongs in the folder of a policy, and this policy is in none; write it out here")
+    folder = Path(context["folder"]).resolve()
     path = (folder / name).resolve()
     if not path.is_relative_to(folder):
         raise ValueError(f"{name!r} leads out of the policy's folder; put the file beside the policy")

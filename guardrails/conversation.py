@@ -24,6 +24,7 @@ from guardrails.types import (
     Message,
     Role,
     Rule,
+    ToolMessage,
     Verdict,
 )
 
@@ -39,8 +40,8 @@ class Judging:
     `begin` reads the rules that cost little; where `waiting` then has rules, which ask a language model, `finish`
     reads those too. The first `trusted` messages are history that this service has judged and answered before: they
     are redacted, but do not stop the turn again; the question that a tool's result helps to answer is judged with each
-    of them. A question that was answered by a rule's own reply is taken out
-    together with that reply: the model does not see it, and the conversation goes on.
+    of them. A question that was answered by a rule's own reply is taken out together with that reply: the model does
+    not see it, and the conversation goes on.
     """
 
     def __init__(

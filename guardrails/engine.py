@@ -145,9 +145,9 @@ class Guard:
             self._note(reader, findings)
         return self._release(self._settled(final), final)
 
-    async def finish(self) -> tuple[str, Verdict]:
-        """(the last piece of the text itself, the verdict): the text ends here."""
-        self._text, self._half = self._text + self._half, ""
+    async def finish(self, rest: str = "") -> tuple[str, Verdict]:
+        """(the last piece of the text itself, the verdict): the text ends here, with `rest`."""
+        self._text, self._half = self._text + self._half + rest, ""
         piece = "" if self.stopped else self._advance(final=True)
         if self._sentences and not self.stopped:
             piece += await self.ask(final=True)
@@ -252,9 +252,7 @@ def _delivered(text: str, hits: tuple[Hit, ...], rules: Sequence[Rule]) -> Verdi
 
 async def judge(rules: Sequence[Rule], text: str, context: Context | None = None) -> Verdict:
     """The verdict on a whole text."""
-    guard = Guard(rules, context)
-    guard.feed(text)
-    return (await guard.finish())[1]
+    return (await Guard(rules, context).finish(text))[1]
 
 
 async def stream(

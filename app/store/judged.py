@@ -54,11 +54,16 @@ async def page(
 
 
 async def _replies(connection: AsyncConnection, found: list[Turn]) -> list[Reply]:
-    """What was said in these turns; nothing where a person's answer to an earlier ticket was said along with it."""
+    """What was said in these turns; nothing where a person's answer to an earlier ticket was said along with it.
+
+    A turn with tools gives nothing at all: a record for training is a conversation without them.
+    """
     news = tables.tickets.c.delivered_in
     mixed = set((await connection.execute(select(news).where(news.in_([turn.id for turn in found])))).scalars())
     return [
-        Reply(turn.id, (*turn.history, Message("user", turn.asked)), "" if turn.id in mixed else turn.said)
+        Reply(turn.id, (), "")
+        if turn.uses_tools
+        else Reply(turn.id, (*turn.history, Message("user", turn.asked)), "" if turn.id in mixed else turn.said)
         for turn in found
     ]
 

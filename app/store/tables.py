@@ -125,6 +125,8 @@ turns = Table(
     Column("history", JSON, nullable=False),
     _text("asked"),
     _text("said"),
+    Column("reasoning", Plain, nullable=False, server_default=""),
+    Column("calls", JSON, nullable=False, server_default="[]"),
     _text("input_action", null=True),
     _text("input_rule", null=True),
     _text("input_route", null=True),

@@ -15,7 +15,7 @@ from app.store import audit, outbox, tables, tickets
 from app.store.database import insert_new, upsert
 from app.store.errors import NotFound
 from app.store.tables import storable
-from guardrails.types import Action, Finding, Hit, Message, Stage, Verdict
+from guardrails.types import Action, Finding, Hit, Message, Role, Stage, ToolMessage, Verdict
 
 INTERRUPTED = "interrupted"
 """The `error` of a turn that began and never came to its end."""
@@ -23,7 +23,7 @@ WithheldKind = Literal["asked", "said"]
 _PLAIN = tuple(
     column.name
     for column in tables.turns.c
-    if column.name not in ("history", "ticket", "finished_at") and not column.name.startswith(("input_", "output_"))
+    if column.name not in ("history", "calls", "ticket", "finished_at") and not column.name.startswith(("input_", "output_"))
 )
 _CLOSE = update(tables.turns).where(
     tables.turns.c.id == bindparam("this"),
@@ -37,10 +37,20 @@ def _decision(stage: Stage, verdict: Verdict | None) -> dict[str, str | None]:
     return dict(zip((f"{stage}_action", f"{stage}_rule", f"{stage}_route"), decided, strict=True))
 
 
+def _messages(messages: Sequence[Message]) -> list[list[str]]:
+    """[role, content] each, and for what is about a tool also the call and the name."""
+    tools = ([one.call, one.name] if isinstance(one, ToolMessage) else [] for one in messages)
+    return [[one.role, storable(one.content), *more] for one, more in zip(messages, tools, strict=True)]
+
+
+def _message(role: Role, content: str, call: str | None = None, name: str = "") -> Message:
+    return Message(role, content) if call is None else ToolMessage(role, content, call, name)
+
+
 def _row(turn: Turn) -> dict[str, Any]:
     row: dict[str, Any] = {name: getattr(turn, name) for name in _PLAIN}
     row["ticket"] = turn.ticket and turn.ticket.id
-    row["history"] = [[message.role, storable(message.content)] for message in turn.history]
+    row["history"], row["calls"] = _messages(turn.history), _messages(turn.calls)
     return row | _decision("input", turn.input) | _decision("output", turn.output)
 
 
@@ -84,7 +94,7 @@ async def finish(connection: AsyncConnection, turn: Turn) -> int:
     await _put_evidence(connection, turn)
     if turn.ticket is not None:
         await tickets.insert(connection, turn.ticket)
-        await outbox.announce(connection, "ticket.created", turn.ticket, turn.asked)
+        await outbox.announce(connection, "ticket.created", turn.ticket, turn.question)
     return 1
 
 
@@ -143,9 +153,10 @@ def _verdict(row: RowMapping, stage: Stage, hits: Mapping[tuple[str, str], tuple
 
 def _turn(row: RowMapping, hits: Mapping[tuple[str, str], tuple[Hit, ...]], ticket: Ticket | None) -> Turn:
     plain = Turn(**{name: row[name] for name in _PLAIN})
-    history = tuple(Message(role, content) for role, content in row["history"])
+    history = tuple(_message(*one) for one in row["history"])
+    calls = tuple(ToolMessage(*one) for one in row["calls"])
     input, output = _verdict(row, "input", hits), _verdict(row, "output", hits)
-    return replace(plain, history=history, input=input, output=output, ticket=ticket)
+    return replace(plain, history=history, calls=calls, input=input, output=output, ticket=ticket)
 
 
 async def conversation_after(connection: AsyncConnection, tenant: str, tail_hash: str) -> str | None:

@@ -208,7 +208,7 @@ LEFT, WIDE, STEP, TOP, HIGH = 165, 128, 160, 86, 46
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """One measure of the picture: for each system the share of the bar and what stands below it; `without` for others."""
+    """One measure: for each system the share of the bar, and what stands below it; `without` for the others."""
 
     title: str
     note: str

@@ -52,6 +52,8 @@ def marked(name: str, text: str) -> str:
 class Grader:
     """A validator that asks the model of its context, so a stream waits for the whole text."""
 
+    tier = 2
+
     def __init__(self, options: Options):
         self._options = options
 

@@ -118,6 +118,8 @@ class Options(BaseModel):
 class GuardModel:
     """A validator that asks a guard model, so a stream waits for the whole text, or for each sentence."""
 
+    tier = 2
+
     def __init__(self, options: Options):
         self._options = options
         plain = grader.Options(question=options.question, about=options.about) if options.kind == "plain" else None

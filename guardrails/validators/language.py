@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Protocol, cast
 
+import regex
 from pydantic import BaseModel, ConfigDict, Field
 
 from guardrails.types import Context, Finding, Reading
@@ -32,6 +33,7 @@ class Options(BaseModel):
     first: int = Field(default=240, ge=40, le=4000, description="How many characters are read to tell the language.")
 
 
+LETTER = regex.compile(r"\p{L}")
 LETTERS = 20
 """With fewer letters than this no language is told, and the text passes."""
 CERTAIN = 0.9
@@ -47,12 +49,19 @@ def identifier() -> Identifier:
     return make(langid.MODEL_FILE, norm_probs=True)
 
 
+def beginning(text: str) -> int:
+    """Where the first letter stands: blanks and signs before it tell no language."""
+    letter = LETTER.search(text)
+    return letter.start() if letter else len(text)
+
+
 def judged(text: str, allow: Sequence[str], first: int) -> list[Finding]:
-    """A finding over the whole of `text[:first]` if it is surely in a language that is not allowed.
+    """A finding over the beginning, `first` characters from the first letter on, if it is surely in another language.
 
     Its score is the probability of all languages that are not allowed; its note is the language.
     """
-    start = text[:first]
+    lead = beginning(text)
+    start = text[lead : lead + first]
     if sum(map(str.isalpha, start)) < LETTERS:
         return []
     ranks = identifier().rank(start)
@@ -60,7 +69,7 @@ def judged(text: str, allow: Sequence[str], first: int) -> list[Finding]:
     if language in allow or certainty < CERTAIN:
         return []
     allowed = sum(float(probability) for code, probability in ranks if code in allow)
-    return [Finding("language", 0, len(start), max(0.0, 1 - allowed), str(language))]
+    return [Finding("language", lead, lead + len(start), max(0.0, 1 - allowed), str(language))]
 
 
 class LanguageReading:
@@ -77,7 +86,7 @@ class LanguageReading:
         """Nothing, settled at 0, until the beginning is there; then its finding and all of the text as settled."""
         if self._done:
             return [], len(text)
-        if len(text) < self._options.first and not final:
+        if not final and len(text) - beginning(text) < self._options.first:
             return [], 0
         self._done = True
         return judged(text, self._options.allow, self._options.first), len(text)

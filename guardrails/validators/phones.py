@@ -13,6 +13,7 @@ from guardrails.validators.identifiers import GAP, Announced
 CALL = r"phone|tele?|tel\.|telephone|mobile|cell|call|fax|whatsapp|sms|signal|dial|handy|tél|móvil"
 """Words for calling: after them even an unbroken row of digits may be a number."""
 EU = "AT BE BG CY CZ DE DK EE ES FI FR GR HR HU IE IT LT LU LV MT NL PL PT RO SE SI SK"
+"""The members of the European Union, for `regions = ["EU"]`."""
 DATES = {(4, 2, 2), (4, 1, 2), (4, 2, 1), (4, 1, 1), (2, 2, 4), (1, 2, 4), (2, 1, 4), (1, 1, 4), (2, 2, 2)}
 """Sizes of the groups of digits in dates."""
 DIGITS = regex.compile(r"([0-9]+)\)?")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import regex
 from pydantic import BaseModel, ConfigDict, Field
 
-from guardrails.spans import TIMEOUT, Span, Spans
+from guardrails.spans import SHORT, Span, Spans, allowed
 from guardrails.types import Context, Finding, Validator
 
 
@@ -89,16 +90,23 @@ class Bound:
 
     def findings(self, text: str) -> list[Finding]:
         """The findings in the whole text."""
-        if not all(group.search(text, timeout=TIMEOUT) for group in self.also):
+        seconds = allowed(len(text))
+        if not all(group.search(text, timeout=seconds) for group in self.also):
             return []
         found, _ = self.span.findings(text, 0, len(text))
-        excused = [
-            sentence.span() for sentence in SENTENCE.finditer(text, timeout=TIMEOUT) if self._excuses(sentence.group())
-        ]
-        return [one for one in found if not any(first <= one.start < last for first, last in excused)]
+        return found if self.unless is None else list(self._meant(text, found, self.unless))
 
-    def _excuses(self, sentence: str) -> bool:
-        return self.unless is not None and self.unless.search(sentence, timeout=TIMEOUT) is not None
+    def _meant(self, text: str, found: Sequence[Finding], unless: regex.Pattern[str]) -> Iterator[Finding]:
+        """The findings whose sentence has no excuse; each sentence with a finding is looked into once."""
+        sentences = SENTENCE.finditer(text, timeout=allowed(len(text)))
+        sentence, excused = next(sentences, None), None
+        for finding in found:
+            while sentence and sentence.end() <= finding.start:
+                sentence, excused = next(sentences, None), None
+            if sentence and excused is None:
+                excused = unless.search(text, *sentence.span(), timeout=allowed(len(sentence.group()))) is not None
+            if not excused:
+                yield finding
 
 
 class Topics:
@@ -109,6 +117,9 @@ class Topics:
 
     async def find(self, text: str, context: Context) -> Sequence[Finding]:
         """The findings of all topics, in the order of their start."""
+        return await asyncio.to_thread(self._find, text) if len(text) > SHORT else self._find(text)
+
+    def _find(self, text: str) -> list[Finding]:
         found = [finding for topic in self.topics for finding in topic.findings(text)]
         return sorted(found, key=lambda finding: finding.start)
 

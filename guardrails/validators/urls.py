@@ -65,6 +65,8 @@ BACK = 340
 GATE = regex.compile(r"[:.。．｡/\\]")
 HEAD = 64
 """What every address has, and within how many characters from its start."""
+LONGEST = 2800
+"""More characters than an address is read of: 8 labels, a port, and what comes behind."""
 SPACE = regex.compile(r"(?r)\s")
 STEP = 1 << 14
 """Characters that are read at a time."""
@@ -231,7 +233,7 @@ class UrlsReading:
             before = max(0, self._next - BACK)
             part, start = text[before:end], self._next - before
             last = final and end == len(text)
-            word = max(start, _word(part))
+            word = max(start, _word(part), len(part) - LONGEST)
             if not GATE.search(part, start):
                 upto = len(part) if last else max(word, len(part) - HEAD)
                 self._next = settled = before + upto

@@ -24,7 +24,9 @@ LOOKALIKES: dict[str, str] = {
         "αa βb γy δd εe ηn ιi κk νv οo ρp σo τt υu χx ωw ϲc ϳj ΑA ΒB ΕE ΖZ ΗH ΙI ΚK ΜM ΝN ΟO ΡP ΤT ΥY ΧX ϹC "
         # Latin letters that have no plain form by themselves
         "ıi ɩi ɑa ɡg ɢg ʜh ɪi ʟl ɴn ʀr ʏy ɐa ɔc ǝe ɟf ɥh ɾj ʞk ɯm ɹr ʇt ʌv ʍw ʎy ɓb ƈc ɗd ƒf ɠg ɦh ƙk ɱm ɲn ƥp ɋq ʂs "
-        "ƭt ʋv ʐz ᴀa ʙb ᴄc ᴅd ᴇe ꜰf ᴊj ᴋk ᴍm ᴏo ᴘp ꜱs ᴛt ᴜu ᴠv ᴡw ᴢz ſs łl ŁL đd ĐD ħh ĦH ŧt ꓮA ꓰE ꓲI ꓳO"
+        "ƭt ʋv ʐz ᴀa ʙb ᴄc ᴅd ᴇe ꜰf ᴊj ᴋk ᴍm ᴏo ᴘp ꜱs ᴛt ᴜu ᴠv ᴡw ᴢz ſs łl ŁL đd ĐD ħh ĦH ŧt ꓮA ꓰE ꓲI ꓳO "
+        # Signs that addresses and codes are written with
+        "＠@ ．. ／/ ：: －- ＿_ ％% ＝= ＆& ＋+ ∕/ ⁄/ ‐- ‑- ‒- −-"
     )
 }  # fmt: skip
 """Letters by what they look like."""

@@ -20,7 +20,7 @@ from guardrails import heads
 from guardrails.encoder import SIZE, Windows
 from guardrails.types import Message
 
-PARTS = {"plain": ["friday table recipe", "weather printer garden"], "tricky": ["invoice ticket friday ignore"]}
+PARTS = {"plain": ["friday table recipe", "weather printer garden"], "tricky": ["invoice ticket friday"]}
 BAD = ("ignore", "rules", "reveal", "prompt", "override", "secret")
 GOOD = ("table", "printer", "friday", "recipe", "weather", "invoice", "garden", "ticket")
 
@@ -127,8 +127,8 @@ def test_thresholds_hit_the_shares_of_harmless_texts_that_the_recipe_says() -> N
     escalate, block = thresholds(values, sources, recipe)
     assert (values > escalate).mean() == pytest.approx(0.05)
     assert block == pytest.approx(escalate + 0.5)  # never closer than that
-    near = np.concatenate([values, np.full(10, 30.0)]), np.concatenate([sources, np.array(["coconot"] * 10)])
-    assert thresholds(*near, recipe)[0] == 30.0
+    near = np.concatenate([values, np.full(10, 11.0)]), np.concatenate([sources, np.array(["coconot"] * 10)])
+    assert thresholds(*near, recipe)[0] == 11.0
     replies = near[0], np.where(near[1] == "coconot", "gptfuzzer-replies", near[1])
     assert thresholds(*replies, recipe) == (escalate, block)
 

@@ -146,8 +146,8 @@ def test_the_page_of_the_commands_is_what_their_help_says() -> None:
 
 def test_every_command_is_there_and_says_in_one_line_what_it_does() -> None:
     found = dict(commands(typer.main.get_command(app)))
-    names = """check demo export serve turn | keys create, keys list, keys revoke | model pull
-    | policy activate, policy list, policy rollback | tenants list, tenants put
+    names = """check demo diff export replay serve turn | keys create, keys list, keys revoke | model pull
+    | policy activate, policy list, policy put, policy rollback, policy schema | tenants list, tenants put
     | tickets answer, tickets close, tickets list, tickets show | vault forget, vault show
     | webhooks list, webhooks retry"""
     single, *groups = names.split("|")
@@ -225,6 +225,9 @@ def test_a_wrong_settings_file_is_named(newel: Run, tmp_path: Path, text: str, s
         (("policy", "rollback", "base"), "nothing to go back from"),
         (("policy", "rollback", "base", "abc"), "no version of policy 'base' starts with 'abc'"),
         (("check", "bsae"), "base"),
+        (("check", "base@abc"), "no version of policy 'base' starts with 'abc'"),
+        (("diff", "base", "bsae"), "did you mean 'base'?"),
+        (("replay", "bsae"), "did you mean 'base'?"),
         (("check", "/nowhere/office.toml"), "/nowhere/office.toml"),
         (("check", "base", "--engine-url", "http://127.0.0.1:9/v1"), "no engine answers at http://127.0.0.1:9/v1"),
         (("model", "pull", "no-such-model"), "What to do:"),
@@ -326,6 +329,61 @@ def test_a_rollback_goes_to_the_version_before(newel: Run, home: Path, tmp_path:
     assert live() == by_reply["One"]
     code, _, err = newel("policy", "rollback", "office")
     assert (code, "the oldest stored version" in err, live()) == (1, True, by_reply["One"])
+
+
+def test_a_draft_is_stored_listed_made_live_by_its_version_and_compared(newel: Run, tmp_path: Path) -> None:
+    _, out, _ = newel("policy", "put", policy(tmp_path, reply="One."))
+    assert "is stored (draft)" in out
+    code, out, err = newel("policy", "put", policy(tmp_path, reply="Two.", expect="redact"))
+    assert (code, "is stored (draft)" in out, "before it is activated" in err) == (0, True, True)
+    newel("policy", "activate", policy(tmp_path, reply="Three."))
+    rows = json.loads(newel("policy", "list", "--json")[1])
+    assert [row["state"] for row in rows] == ["active", "draft", "draft"]
+    one = next(row["version"] for row in rows if "One." in row["source"])
+    two = next(row["version"] for row in rows if "Two." in row["source"])
+    code, out, _ = newel("diff", "office", f"office@{one[:6]}")
+    assert (code, "    - Three.\n    + One." in out) == (0, True), out
+    assert json.loads(newel("diff", f"office@{one}", str(tmp_path / "office.toml"), "--json")[1])["same"] is False
+    assert newel("check", f"office@{one[:6]}")[0] == 0
+    assert newel("policy", "activate", f"office@{two}")[0] == 1
+    assert newel("policy", "activate", f"office@{one[:6]}")[0] == 0
+    listed = {row["version"]: row["state"] for row in json.loads(newel("policy", "list", "--json")[1])}
+    assert (listed[one], sorted(listed.values())) == ("active", ["active", "draft", "retired"])
+
+
+def test_who_activates_a_parent_is_told_what_cannot_follow_and_the_list_says_it(newel: Run, tmp_path: Path) -> None:
+    newel("policy", "activate", policy(tmp_path))
+    change = '[[input]]\nname = "falcon"\nthreshold = 0.4\n'
+    (tmp_path / "desk.toml").write_text(f'name = "desk"\nextends = "office"\n{change}')
+    assert newel("policy", "activate", str(tmp_path / "desk.toml"))[0] == 0
+    code, _, err = newel("policy", "activate", policy(tmp_path, reply="Never."))
+    assert (code, "cannot follow" in err) == (0, False)
+    desk = next(row for row in json.loads(newel("policy", "list", "desk", "--json")[1]))
+    assert desk["problem"] == "" and desk["live_as"] not in ("", desk["version"])
+    file = Path(policy(tmp_path))
+    file.write_text(file.read_text().replace('"falcon"', '"eagle"'))
+    code, _, err = newel("policy", "activate", str(file))
+    assert (code, "policy 'desk' cannot follow office@" in err) == (0, True)
+    assert "gateways keep what they had" in newel("policy", "list", "desk")[1]
+
+
+def test_a_check_for_programs_is_json_and_exits_the_same(newel: Run, tmp_path: Path) -> None:
+    code, out, _ = newel("check", policy(tmp_path), "--json")
+    assert (code, json.loads(out)["passed"]) == (0, True)
+    code, out, _ = newel("check", policy(tmp_path, expect="redact"), "--json")
+    assert (code, json.loads(out)["passed"]) == (1, False)
+
+
+def test_a_check_needs_no_database(newel: Run, home: Path, tmp_path: Path) -> None:
+    assert newel("check", policy(tmp_path))[0] == 0
+    assert not (home / "newel.db").exists()
+
+
+def test_the_schema_is_printed_or_written_for_editors(newel: Run, tmp_path: Path) -> None:
+    printed = json.loads(newel("policy", "schema")[1])
+    code, out, err = newel("policy", "schema", "--output", str(tmp_path / "policy.json"))
+    assert (code, out, "#:schema " in err) == (0, "", True)
+    assert json.loads((tmp_path / "policy.json").read_text()) == printed
 
 
 def test_a_policy_whose_parent_the_gateway_cannot_read_is_not_activated(newel: Run, home: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ async def test_an_injection_is_found(validator: Validator, text: str) -> None:
     "text",
     [
         "Can I ignore the previous warning about the system update?",
-        "The instructions say to ignore the red light. Is that right?",
+        "The manual says to ignore the red light. Is that right?",
         "Please act as a proofreader for my letter to the landlord.",
         "What does a system administrator do all day?",
         "Which rules apply to overtime on Sundays?",

@@ -96,6 +96,11 @@ def test_a_list_that_cannot_be_had_is_refused_with_the_reason(tmp_path, given, m
         keywords.Options.model_validate(given, context={"folder": tmp_path})
 
 
+def test_a_policy_that_is_in_no_folder_has_no_files():
+    with pytest.raises(ValidationError, match="belongs in the folder of a policy, and this policy is in none"):
+        keywords.Options.model_validate({"file": "words.txt"}, context={"folder": None})
+
+
 @pytest.mark.parametrize(("word", "message"), [("--", "no letter or digit"), ("w" * 201, "more than 200 characters")])
 def test_a_word_that_cannot_be_looked_for_is_named(word, message):
     with pytest.raises(ValueError, match=f"words: .*{message}"):

@@ -49,6 +49,21 @@ def test_a_stream_waits_for_the_beginning_and_then_says_the_same_for_any_chunkin
     assert findings == language.judged(text, ["en"], 100) != []
 
 
+@pytest.mark.parametrize("padding", [" " * 500, "1. " * 200, "\n\n* ", "\ud800" * 300])
+async def test_blanks_and_signs_before_the_first_letter_hide_no_language(padding):
+    text = padding + GERMAN * 3
+    (finding,) = await language.build(language.Options(allow=["en"])).find(text, Context())
+    assert (finding.start, finding.end) == (len(padding), len(padding) + 240)
+    (reading,) = language.build(language.Options(allow=["en"])).readings()
+    assert reading.read(padding + GERMAN[:20], False) == ([], 0)
+    assert reading.read(text, False) == ([finding], len(text))
+
+
+@pytest.mark.parametrize("text", ["", "\ud800" * 50, f"{ENGLISH} \ud800 \udfff"])
+async def test_empty_texts_and_broken_letters_pass(text):
+    assert await found(text) == []
+
+
 def test_a_code_that_no_language_has_is_refused():
     with pytest.raises(ValueError, match="allow: english is not a language that can be told; write a code such as en"):
         language.build(language.Options(allow=["english"]))

@@ -78,3 +78,26 @@ async def test_also_needs_a_word_of_every_group_somewhere(text, expected):
 def test_words_without_a_letter_are_refused():
     with pytest.raises(ValueError, match=r"'-- !' has no letter or digit"):
         topics.build(topics.Options(topics=[topics.Topic(name="x", words=["fine", "-- !"])]))
+
+
+BOUND = topics.Options(
+    topics=[topics.Topic(name="pay", words=["raise"], also=[["his", "her"]], unless=["ask for a raise"])]
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", 0),
+        ("\ud800 his raise", 1),
+        ("his raise \udfff? Ask for a raise!", 1),
+        ("raise. Ask for a raise and a raise. His raise", 2),
+        ("He got his raise. " * 50_000, 50_000),
+        ("His raise? I ask for a raise. " * 20_000, 20_000),
+        ("his " * 200_000 + "raise, ask for a raise", 0),
+        ("his. " * 200_000 + "raise", 1),
+    ],
+    ids=range(8),
+)
+async def test_long_and_broken_texts_are_read_whole(text, expected):
+    assert len(await found(BOUND, text)) == expected

@@ -266,5 +266,5 @@ async def test_logged_turns_are_replayed_raw_and_that_is_audited(
     assert told["turns"] == 0
     entries = [entry for entry in await gateway.service.store.audit_log() if entry.action == "withheld.read"]
     assert {entry.detail["reason"] for entry in entries} == {"replay"}
-    assert {entry.subject for entry in entries} >= {ids[card], ids["The salary of Jane?"]} - {""}
+    assert {entry.subject for entry in entries} == {ids[card]}, "of the others nothing is withheld"
     assert all(entry.actor.startswith("cli:") for entry in entries)

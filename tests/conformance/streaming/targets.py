@@ -19,6 +19,9 @@ from tests.fakes import FakeUpstream, Script
 
 Rules = tuple[Rule, ...]
 
+ASKED = [{"role": "user", "content": "Hello"}]
+TOOL = {"type": "function", "function": {"name": "send", "parameters": {"type": "object"}}}
+
 
 @dataclass(slots=True)
 class Model:
@@ -124,13 +127,16 @@ class Newel:
                 yield said
 
     async def _reply(self, rules: Rules, model: Model, channel: str) -> AsyncIterator[str]:
-        reply = Reply(enforced(rules))
+        tool = "send" if channel != "reasoning" else ""
+        reply = Reply(enforced(rules), offered=("send",))
         async for piece in model:
-            yield reply.feed(channel, piece)
+            for said in reply.feed(channel, piece, tool):
+                yield said.text
+            tool = ""
             if reply.stopped:
                 return
-        pieces, _ = await reply.finish()
-        yield pieces.get(channel, "")
+        for said in (await reply.finish())[0]:
+            yield said.text if said.channel == channel else ""
 
     async def whole(self, rules: Rules, text: str, channel: Channel) -> str | None:
         """What `guardrails.judge` delivers."""
@@ -166,7 +172,7 @@ class Gateway:
             wire = b"".join(events)
             events = [wire[i : i + self.torn] for i in range(0, len(wire), self.torn)]
         self.upstream.script = Script(events)
-        async with aiohttp.ClientSession() as http, self._ask(http, rules, True) as response:
+        async with aiohttp.ClientSession() as http, self._ask(http, rules, channel, True) as response:
             response.raise_for_status()
             async for line in response.content:
                 if not line.startswith(b"data: {"):
@@ -182,13 +188,14 @@ class Gateway:
         if channel != "content":
             return None
         self.upstream.script = Script([text])
-        async with aiohttp.ClientSession() as http, self._ask(http, rules, False) as response:
+        async with aiohttp.ClientSession() as http, self._ask(http, rules, channel, False) as response:
             response.raise_for_status()
             return _said((await response.json())["choices"][0]["message"], channel)
 
-    def _ask(self, http: aiohttp.ClientSession, rules: Rules, streamed: bool) -> Any:
+    def _ask(self, http: aiohttp.ClientSession, rules: Rules, channel: Channel, streamed: bool) -> Any:
         key = self.keys.get(",".join(rule.name for rule in rules), self.keys.get("", ""))
-        body = {"model": self.model, "stream": streamed, "messages": [{"role": "user", "content": "Hello"}]}
+        body: dict[str, object] = {"model": self.model, "stream": streamed, "messages": ASKED}
+        body |= {"tools": [TOOL]} if channel == "arguments" else {}
         return http.post(f"{self.url}/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"})
 
 

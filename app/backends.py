@@ -274,7 +274,9 @@ def _call(place: int, call: Any) -> CallDelta:
     number = place if number is None else int(number)
     if not 0 <= number < MAX_CALLS:
         raise ValueError
-    return CallDelta(number, str(function.get("name") or ""), str(function.get("arguments") or ""))
+    arguments = function.get("arguments") or ""
+    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return CallDelta(number, str(function.get("name") or ""), written)
 
 
 def _error_frame(error: Any) -> BackendError:

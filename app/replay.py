@@ -15,9 +15,7 @@ def exchange(logged: Logged) -> Exchange:
     turn = logged.turn
     asked = () if turn.results else (Message("user", turn.withheld_asked or turn.asked),)
     hits = turn.input.hits if turn.input else ()
-    newest = max(
-        (hit.message for hit in hits), default=-1
-    )  # a place in the conversation as it came
+    newest = max((hit.message for hit in hits), default=-1)  # a place in the conversation as it came
     redacted = hidden(hits, newest) if newest >= len(turn.history) else frozenset()
     written = turn.withheld_said or (turn.said if turn.output else "")
     return Exchange(

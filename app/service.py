@@ -59,7 +59,9 @@ class Service:
         White space around messages does not count: clients trim it.
         """
         named = ((one.name if isinstance(one, ToolMessage) else "") for one in messages)
-        told = ([one.role, one.content.strip(), *filter(None, [name])] for one, name in zip(messages, named, strict=True))
+        told = (
+            [one.role, one.content.strip(), *filter(None, [name])] for one, name in zip(messages, named, strict=True)
+        )
         said = orjson.dumps([tenant, subject, *told])
         return hmac.new(self.secret, said, hashlib.sha256).hexdigest()
 

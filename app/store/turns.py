@@ -19,11 +19,14 @@ from guardrails.types import Action, Finding, Hit, Message, Role, Stage, ToolMes
 
 INTERRUPTED = "interrupted"
 """The `error` of a turn that began and never came to its end."""
+MOST_FINDINGS = 1000
+"""Findings of one rule in one text that are kept; a text full of numbers has any number of them."""
 WithheldKind = Literal["asked", "said"]
 _PLAIN = tuple(
     column.name
     for column in tables.turns.c
-    if column.name not in ("history", "calls", "ticket", "finished_at") and not column.name.startswith(("input_", "output_"))
+    if column.name not in ("history", "calls", "ticket", "finished_at")
+    and not column.name.startswith(("input_", "output_"))
 )
 _CLOSE = update(tables.turns).where(
     tables.turns.c.id == bindparam("this"),
@@ -58,7 +61,8 @@ def _verdict_rows(turn: Turn) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for stage, verdict in (("input", turn.input), ("output", turn.output)):
         for place, hit in enumerate(verdict.hits if verdict else ()):
-            found = [[finding.label, finding.start, finding.end, finding.score] for finding in hit.findings]
+            kept = hit.findings[:MOST_FINDINGS]
+            found = [[finding.label, finding.start, finding.end, finding.score] for finding in kept]
             row = {"turn": turn.id, "stage": stage, "place": place, "rule": hit.rule, "action": hit.action.word}
             rows.append(row | {"mode": hit.mode, "broken": hit.broken, "message": hit.message, "findings": found})
     return rows

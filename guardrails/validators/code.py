@@ -212,6 +212,8 @@ class FenceReading:
 class Code:
     """A stream validator for source code."""
 
+    as_written = True  # what is encoded is not shown as code: its rule reads no views
+
     def __init__(self, options: Options):
         self._options = options
         loose = [span for language in options.languages for span in spans(language)] if options.loose else []

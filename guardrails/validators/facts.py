@@ -140,7 +140,8 @@ def facts(text: str) -> list[Fact]:
 
 def _without(text: str, taken: list[tuple[int, int]]) -> str:
     """The text with signs that mean nothing in the taken places."""
-    out, last = [], 0
+    out: list[str] = []
+    last = 0
     for start, end in sorted(taken):
         if start >= last:
             out += (text[last:start], "\x1f" * (end - start))

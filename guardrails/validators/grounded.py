@@ -162,6 +162,8 @@ def stems(text: str) -> Iterator[str]:
 class Grounded:
     """A validator for what a reply states."""
 
+    as_written = True  # a disguise has other numbers: its rule reads no views
+
     channels = ("content",)
 
     def __init__(self, options: Options):

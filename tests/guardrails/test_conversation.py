@@ -9,7 +9,8 @@ import pytest
 
 from guardrails.conversation import Judging, in_scope, judge_messages
 from guardrails.spans import Span, Spans
-from guardrails.types import Action, Context, Finding, Message, Role, Rule, Scope, Verdict
+from guardrails.types import BROKEN_REPLY, Action, Context, Finding, Message, Role, Rule, Scope, Verdict
+from guardrails.validators.length import Options, build
 
 FALCON = Rule("falcon", Spans([Span("falcon", r"(?i)\bproject falcon\b")]), Action.REFUSE, "No.")
 EMAIL = Rule("email", Spans([Span("email", r"\b[\w.]{1,30}@[\w.]{1,30}\w")]), Action.REDACT)
@@ -206,3 +207,29 @@ async def test_a_model_is_shown_a_disguised_text_as_it_reads_plainly_too() -> No
     model.texts.clear()
     await verdict(Rule("model", model, Action.REFUSE, "No."), said(("user", "An ordinary question about e-mail.")))
     assert model.texts == ["An ordinary question about e-mail."]
+
+
+async def test_ten_megabytes_are_refused_and_not_read_rule_by_rule() -> None:
+    length = Rule("length", build(Options(max_chars=16_000)), Action.REFUSE, "Too long.")
+    found, _ = await judge_messages([FALCON, EMAIL, length], said(("user", "hello world " * 850_000)))
+    assert (found.action, found.rule, [hit.rule for hit in found.hits]) == (
+        Action.REFUSE,
+        "length",
+        ["length", "email"],
+    )
+    assert next(hit.broken for hit in found.hits if hit.rule == "email") == "ValueError"
+    found, _ = await judge_messages([FALCON], said(("user", "hello world " * 850_000)))
+    assert (found.action, found.text) == (Action.REFUSE, BROKEN_REPLY)
+
+
+async def test_a_hundred_thousand_findings_are_all_redacted() -> None:
+    plain = replace(EMAIL, views=False, budget=60)
+    found, seen = await judge_messages([plain], said(("user", "a@bc.de " * 100_000)))
+    assert found.action is Action.REDACT and seen[0].content == "[EMAIL] " * 100_000
+
+
+@pytest.mark.parametrize("text", ["", " ", "\ud800", "\udfff\ud800 project", "\x00" * 50, "\u202e" * 50])
+async def test_odd_texts_get_a_verdict(text: str) -> None:
+    for rules in ([FALCON, EMAIL, CARD], [replace(FALCON, views=False)]):
+        found, seen = await judge_messages(rules, said(("user", text)))
+        assert (found.action, seen[0].content) == (Action.ALLOW, text)

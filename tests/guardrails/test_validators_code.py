@@ -1,5 +1,6 @@
 import pytest
 
+from guardrails import judge, loads, stream
 from guardrails.types import Context, Finding
 from guardrails.validators import code
 
@@ -117,3 +118,49 @@ async def test_languages_and_places_as_the_options_say():
 def test_options_that_leave_nothing_to_find_are_refused(options):
     with pytest.raises(ValueError, match="fenced and loose: one of them must be true"):
         code.build(code.Options(**options))
+
+
+POLICY = """
+name = "no-code"
+
+[[output]]
+name = "code"
+validator = "code"
+action = "ACTION"
+
+[[output]]
+name = "links"
+validator = "urls"
+allow = ["acme.com"]
+action = "redact"
+placeholder = "(a link)"
+"""
+
+
+async def letters(text: str):
+    for letter in text:
+        yield letter
+
+
+async def test_in_a_policy_a_block_is_redacted_once_and_the_same_in_a_stream():
+    policy = loads(POLICY.replace("ACTION", "redact"))
+    text = f"https://acme.com\n{FENCED}\nhttps://b.com"
+    expected = "https://acme.com\nDo this:\n[PYTHON]\nDone.\n(a link)"
+    assert (await judge(policy.output, text)).text == expected
+    assert (
+        "".join([piece async for piece in stream(policy.output, letters(text)) if isinstance(piece, str)]) == expected
+    )
+
+
+async def test_in_a_policy_a_stream_stops_where_a_block_opens():
+    policy = loads(POLICY.replace('"ACTION"', '"refuse"\nreply = "No code."'))
+    asked = []
+
+    async def deltas():
+        async for letter in letters(FENCED):
+            asked.append(letter)
+            yield letter
+
+    pieces = [piece async for piece in stream(policy.output, deltas())]
+    assert "".join(piece for piece in pieces if isinstance(piece, str)) == "Do this:\n\n\nNo code."
+    assert "".join(asked) == "Do this:\n```python\n"

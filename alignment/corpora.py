@@ -167,6 +167,12 @@ def harmless(shelf: Shelf) -> Iterator[Row]:
         yield from _rows((line for line in lines if len(line) > 40), BENIGN, "tau-bench")
 
 
+def replies(shelf: Shelf) -> Iterator[Row]:
+    """Replies to ordinary questions: longer texts, lists, code."""
+    answers = [one["chatgpt_response"] for one in shelf.records("halueval/general_data.json.gz")]
+    yield from _rows(_some(answers, 700), BENIGN, "halueval-replies")
+
+
 def sensitive(shelf: Shelf) -> Iterator[Row]:
     """Harmless questions about sensitive things."""
     for one in shelf.records("coconot/coconot_pref.jsonl.gz"):
@@ -342,8 +348,6 @@ def harmful_replies(shelf: Shelf) -> Iterator[Row]:
         yield from _rows(_some(chosen, 500), name, "gptfuzzer-replies", 0.5)
     refused = [_said(one["rejected"]) for one in shelf.records("coconot/coconot_pref.jsonl.gz")]
     yield from _rows(filter(_DECLINES.match, refused), BENIGN, "coconot-replies", 0.5)
-    answers = [one["chatgpt_response"] for one in shelf.records("halueval/general_data.json.gz")]
-    yield from _rows(_some(answers, 700), BENIGN, "halueval-replies")
 
 
 # --- near misses that newel wrote
@@ -426,8 +430,8 @@ def _said(reply: Any) -> str:
 
 
 RECIPES: dict[str, tuple[Callable[[Shelf], Iterator[Row]], ...]] = {
-    "injection": (injections, harmless, sensitive),
-    "harm": (harms, harmful_replies, harmless, sensitive),
+    "injection": (injections, harmless, replies, sensitive),
+    "harm": (harms, harmful_replies, harmless, replies, sensitive),
     "refusal": (refusals,),
 }
 """What each shipped head is trained on, with the near misses that newel wrote."""

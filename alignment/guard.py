@@ -356,7 +356,7 @@ def evaluate(head: Head, rows: Sequence[Row], embeddings: Embeddings, parts: Par
         head,
         auroc(scores[finds], scores[~finds]),
         tuple(rates(scores, rows)),
-        on_benign(head, benign_set(), embeddings),
+        on_benign(head, parts, embeddings),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -15,13 +15,14 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from app.auth import identify
-from app.chat import answer
+from app.chat import Said, answer
 from app.errors import ApiError, unavailable
 from app.middleware import client_gone, read_body
 from app.records import Feedback, FeedbackKind, Key, Tenant, Ticket, Turn, new_id
 from app.schemas import ChatRequest, FeedbackRequest, parse
 from app.service import Service
 from app.store import StoreError
+from guardrails.reply import ARGUMENTS, CONTENT, REASONING
 
 T = TypeVar("T")
 router = APIRouter()
@@ -44,13 +45,13 @@ async def chat_completions(request: Request) -> Response:
     asked = parse(ChatRequest, await read_body(request, service.settings.body_limit))
     _check_engine(service, asked.model)
     turn = _turn(request, service, key, tenant, asked)
-    pieces = answer(service, tenant, turn, asked)
+    pieces, ignored = answer(service, tenant, turn, asked), asked.ignored(service.engine.without)
     if asked.stream:
         first = await _while_connected(request, anext(pieces))
         usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        return _EventStream(_frames(first, pieces, turn, usage), pieces, _headers(turn, asked))
-    told = await _while_connected(request, _joined(pieces))
-    return JSONResponse(_completion(turn, told), headers=_headers(turn, asked))
+        return _EventStream(_frames(first, pieces, turn, usage), pieces, _headers(turn, ignored))
+    told = await _while_connected(request, _collected(pieces))
+    return JSONResponse(_completion(turn, told), headers=_headers(turn, ignored))
 
 
 def _check_engine(service: Service, model: str) -> None:
@@ -123,16 +124,16 @@ async def _gone(request: Request) -> None:
         pass
 
 
-async def _joined(pieces: AsyncGenerator[str, None]) -> str:
+async def _collected(pieces: AsyncGenerator[Said, None]) -> list[Said]:
     """The whole reply, as the client is told it: `Turn.said` has placeholders where values are restored."""
     async with aclosing(pieces):
-        return "".join([piece async for piece in pieces])
+        return [piece async for piece in pieces]
 
 
 class _EventStream(StreamingResponse):
     """Frames made of `pieces`, which are closed, and with them the engine's work, however the stream ends."""
 
-    def __init__(self, frames: AsyncIterator[bytes], pieces: AsyncGenerator[str, None], headers: dict[str, str]):
+    def __init__(self, frames: AsyncIterator[bytes], pieces: AsyncGenerator[Said, None], headers: dict[str, str]):
         super().__init__(frames, headers=headers | {"cache-control": "no-store"}, media_type="text/event-stream")
         self._pieces = pieces
 
@@ -142,7 +143,7 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def _frames(first: str, pieces: AsyncGenerator[str, None], turn: Turn, usage: bool) -> AsyncIterator[bytes]:
+async def _frames(first: Said, pieces: AsyncGenerator[Said, None], turn: Turn, usage: bool) -> AsyncIterator[bytes]:
     """The reply as server-sent events; it always ends with a final chunk or an error, and `[DONE]`."""
     head = _envelope(turn, "chat.completion.chunk")
 
@@ -152,11 +153,11 @@ async def _frames(first: str, pieces: AsyncGenerator[str, None], turn: Turn, usa
 
     yield chunk({"role": "assistant", "content": ""}, guardrails=decision(turn) if turn.ended else {"id": turn.id})
     try:
-        if first:
-            yield chunk({"content": first})
+        if first.text or first.name:
+            yield chunk(_delta(first))
         async for piece in pieces:
-            if piece:
-                yield chunk({"content": piece})
+            if piece.text or piece.name:
+                yield chunk(_delta(piece))
         yield chunk({}, turn.finish_reason, guardrails=decision(turn))
         if usage:
             yield _frame(head | {"choices": [], "usage": _usage(turn)})
@@ -165,18 +166,45 @@ async def _frames(first: str, pieces: AsyncGenerator[str, None], turn: Turn, usa
     yield b"data: [DONE]\n\n"
 
 
+def _delta(said: Said) -> dict[str, Any]:
+    """A piece of the reply as OpenAI writes it; reasoning under both names that engines and clients have for it."""
+    if said.channel == REASONING:
+        return {"reasoning_content": said.text, "reasoning": said.text}
+    if not said.channel.startswith(ARGUMENTS):
+        return {said.channel: said.text}
+    opening = {"id": said.id, "type": "function"} if said.name else {}
+    function = ({"name": said.name} if said.name else {}) | {"arguments": said.text}
+    return {"tool_calls": [{"index": said.place} | opening | {"function": function}]}
+
+
 def _frame(data: dict[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
-def _completion(turn: Turn, told: str) -> dict[str, Any]:
-    message = {"role": "assistant", "content": told, "refusal": None}
-    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": turn.finish_reason}
+def _completion(turn: Turn, told: Sequence[Said]) -> dict[str, Any]:
+    choice = {"index": 0, "message": _message(told), "logprobs": None, "finish_reason": turn.finish_reason}
     return _envelope(turn, "chat.completion") | {
         "choices": [choice],
         "usage": _usage(turn),
         "guardrails": decision(turn),
     }
+
+
+def _message(told: Sequence[Said]) -> dict[str, Any]:
+    """The pieces of a reply as one message; its content is null where it only calls tools, or refuses."""
+    texts: dict[str, str] = {}
+    for said in told:
+        texts[said.channel] = texts.get(said.channel, "") + said.text
+    calls = [
+        {"id": said.id, "type": "function", "function": {"name": said.name, "arguments": texts[said.channel]}}
+        for said in told
+        if said.name
+    ]
+    silent, reasoning = calls or "refusal" in texts, texts.get(REASONING)
+    content = texts.get(CONTENT) or (None if silent else "")
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": texts.get("refusal")}
+    message |= {"tool_calls": calls} if calls else {}
+    return message | ({"reasoning_content": reasoning, "reasoning": reasoning} if reasoning else {})
 
 
 def _envelope(turn: Turn, kind: str) -> dict[str, Any]:
@@ -188,11 +216,11 @@ def _usage(turn: Turn) -> dict[str, int]:
     return {"prompt_tokens": turn.prompt_tokens, "completion_tokens": turn.completion_tokens, "total_tokens": total}
 
 
-def _headers(turn: Turn, asked: ChatRequest) -> dict[str, str]:
+def _headers(turn: Turn, ignored: Sequence[str]) -> dict[str, str]:
     """What is known when the answer begins."""
     headers = {"x-conversation-id": turn.conversation, "x-guardrails-id": turn.id, "x-guardrails-policy": turn.policy}
     headers |= {"x-guardrails-action": turn.action} if turn.ended else {}
-    return headers | ({"x-ignored-parameters": ", ".join(asked.ignored)} if asked.ignored else {})
+    return headers | ({"x-ignored-parameters": ", ".join(ignored)} if ignored else {})
 
 
 def decision(turn: Turn) -> dict[str, Any]:

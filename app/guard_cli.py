@@ -155,15 +155,16 @@ def _parts(files: Sequence[Path] | None) -> dict[str, list[str]]:
     from alignment import guard
 
     parts = guard.benign_set()
-    for file in files or []:
-        parts |= guard.benign_set(file)
+    for file in files or []:  # by the file's name, so that no part of the fixed set is replaced
+        own = guard.benign_set(file).items()
+        parts |= {file.name if name == file.stem else f"{file.name}, {name}": texts for name, texts in own}
     return parts
 
 
 def _show(title: str, measured: Measured) -> None:
     """Prints a table by source, and one of the benign parts."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    console.print(f"{title}: AUROC {measured.auroc:.3f}", markup=False)
+    console.print(f"{title}: AUROC {measured.auroc:.3f}" if measured.sources else title, markup=False)
     table = Table("source", "finds", "harmless", "AUROC", "found", "found, sure", "hit", "hit, sure", box=None)
     for one in measured.sources:
         shares = (f"{share:.1%}" if share == share else "" for share in (*one.found, *one.wrong))  # nan: none

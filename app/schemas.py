@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from app.errors import ApiError
@@ -166,16 +166,23 @@ class ChatRequest(Body):
             raise ValueError("'json_schema' must be an object with a name and a schema")
         return value
 
-    @model_validator(mode="after")
-    def _has_tools(self) -> ChatRequest:
-        names = [tool.function.name for tool in self.tools or ()]
+    @field_validator("tools")
+    @classmethod
+    def _once(cls, value: list[Tool] | None) -> list[Tool] | None:
+        names = [tool.function.name for tool in value or ()]
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise ValueError(f"the tool '{twice}' is defined twice in 'tools'")
-        if self.forced and not names:
-            raise ValueError("'tool_choice' asks for a tool, but 'tools' has none")
-        if isinstance(self.tool_choice, Choose) and self.tool_choice.function.name not in names:
-            raise ValueError("'tool_choice' names a tool that is not in 'tools'")
-        return self
+            raise ValueError(f"the tool '{twice}' is defined twice")
+        return value
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _among(cls, value: str | Choose | None, info: ValidationInfo) -> str | Choose | None:
+        names = [tool.function.name for tool in info.data.get("tools") or ()]
+        if value not in (None, "auto", "none") and not names:
+            raise ValueError("it asks for a tool, but 'tools' has none")
+        if isinstance(value, Choose) and value.function.name not in names:
+            raise ValueError("it names a tool that is not in 'tools'")
+        return value
 
     @field_validator("stop")
     @classmethod

@@ -1,6 +1,6 @@
 """How often the shipped policies stop public text: benign sets and, for reference, prompts that ask for harm.
 
-python benchmarks/packs.py DATA [PACK ...]   (DATA: a folder with the sets as docs/packs.md names them; no text is printed)
+python benchmarks/packs.py DATA [PACK ...]   (DATA: a folder with the sets that docs/packs.md names)
 """
 
 from __future__ import annotations

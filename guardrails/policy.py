@@ -252,7 +252,7 @@ class _RuleRead:
         """The rule as the engine knows it."""
         assert self.table and self.built  # noqa: S101 - a policy with a rule that could not be read is not made
         known = self.table.model_dump(exclude={"validator", "action", "if_broken", "confirm", "locked"})
-        known["views"] = self.table.views and not getattr(self.built.validator, "as_written", False)
+        known["views"] = self.table.views and getattr(self.built.validator, "views", None) != ()
         second = (self.confirm.name, self.confirm.options) if self.confirm else None
         return Rule(
             validator=self.built.validator,

@@ -33,6 +33,12 @@ def whole(rule: Rule) -> bool:
     return rule.confirm is not None or not streams(rule.validator)
 
 
+def looks_at(rule: Rule, view: View) -> bool:
+    """True where a rule reads this view: it may be for the text alone, its validator for some views only."""
+    only = getattr(rule.validator, "views", None)
+    return rule.views and (only is None or view.name in only)
+
+
 class Seen:
     """A whole text that several rules read: its views are made once, and what was found before is remembered."""
 
@@ -111,7 +117,8 @@ async def _first(rule: Rule, seen: Seen, context: Context) -> Sequence[Finding]:
     if alone and len(seen.text) > LONG:
         findings = await _aside(rule, seen)
     elif alone:
-        findings = await _in_views(rule, seen, seen.views if rule.views else (), context)
+        views = [view for view in seen.views if looks_at(rule, view)] if rule.views else []
+        findings = await _in_views(rule, seen, views, context)
     else:
         findings = await _in_views(rule, seen, _disguised(seen) if rule.views else (), context)
     if key:
@@ -147,7 +154,7 @@ async def _aside(rule: Rule, seen: Seen) -> list[Finding]:
 
 def _texts(rule: Rule, seen: Seen) -> Iterator[tuple[str, Callable[[Sequence[Finding]], Sequence[Finding]]]]:
     yield seen.text, lambda findings: findings
-    for view in seen.views if rule.views else ():
+    for view in [view for view in seen.views if looks_at(rule, view)] if rule.views else []:
         yield view.text, lambda findings, view=view: findings_home(view, findings)  # type: ignore[misc]
 
 
@@ -207,7 +214,9 @@ class Reader:
             return []
         try:
             new, settled = self._read(views.raw, final)
-            for view in views.different if self.rule.views else ():
+            for view in views.different:
+                if not looks_at(self.rule, view):
+                    continue
                 more, reached = self._read(view, final)
                 new += more
                 settled = min(settled, reached)

@@ -74,6 +74,25 @@ class Reply:
         """The channels of the tool calls, in the order of their numbers."""
         return sorted((name for name in self._parts if _is_call(name)), key=_order)
 
+    @property
+    def called(self) -> list[str]:
+        """Those of them that were given out, whole or in part."""
+        return [name for name in self.calls if self._parts[name].opened]
+
+    @property
+    def whole(self) -> list[Piece]:
+        """All that was released, as it is given out by whoever does not stream."""
+        said = [Piece(name, self.released(name)) for name in (REASONING, CONTENT)]
+        return [*said, *(Piece(name, self.released(name), self.name(name)) for name in self.called)]
+
+    @property
+    def withheld(self) -> str:
+        """What the model has said, as it was written, and of the rest what was not given out so."""
+        titles = {REASONING: REASONING} | {name: f"{CALL} {self.name(name)}" for name in self.calls}
+        changed = [name for name in titles if self.draft(name) != self.released(name)]
+        other = (f"[{titles[name]}]\n{self.draft(name)}" for name in changed)
+        return "\n\n".join(filter(None, [self.draft(), *other]))
+
     def name(self, channel: str) -> str:
         """The name of the tool that is called in this channel."""
         return self._parts[channel].name

@@ -13,7 +13,7 @@ from guardrails.types import Every, Mode, Priority, Role, Scope
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 DUE = r"[1-9][0-9]{0,5}[smhd]"
 
-WHOLE_TEXT = ("grader", "guard_model", "language", "length")
+WHOLE_TEXT = ("disclaimer", "grader", "guard_model", "json_schema", "language", "length", "tool_calls")
 """Validators that judge a text as a whole and so cannot say which part of it to redact."""
 
 NAME = r"^[a-z0-9]+(-[a-z0-9]+)*$"

@@ -7,7 +7,7 @@ character after it, would have to read past the end of the text. What starts bef
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import lru_cache
 from math import inf
 
@@ -35,6 +35,10 @@ BEFORE = 64
 
 SET_START = regex.compile(r"\^?\]?")
 """What a set may start with that does not end it."""
+
+
+PRECISE = ("folded", "decoded")
+"""The views that change no digit and no sign between words: what has a shape of its own is looked for in these."""
 
 
 class PatternError(ValueError):
@@ -242,10 +246,10 @@ class SpansReading:
 
 
 class Spans:
-    """A stream validator made of patterns."""
+    """A stream validator made of patterns. views: in which views of a text they are looked for, all if None."""
 
-    def __init__(self, spans: Sequence[Span]):
-        self.spans = tuple(spans)
+    def __init__(self, spans: Sequence[Span], views: Collection[str] | None = None):
+        self.spans, self.views = tuple(spans), views
         machines = _machines(tuple((span.pattern, span.needed) for span in self.spans))
         self.prefilter, self.scanner, self.unread = machines
 

@@ -30,14 +30,14 @@ class Script:
     """What the upstream does with one request, from top to bottom.
 
     wait: seconds before anything is sent, `math.inf` for ever. status: another one than 200 is answered as an OpenAI
-    error, with `retry_after` as its Retry-After header. deltas: a str is a piece of the reply, a float is a pause in
-    seconds, bytes are written to the stream as they are. end: what comes after them: the final chunk ("stop"), an
-    error frame ("error"), a closed connection without a final chunk ("cut"), or nothing for ever ("hang").
-    usage: (prompt, completion) tokens; counted in words and pieces unless given. tokens: a guard model's answer in
-    place of `deltas`, each token as its alternatives with their probabilities, the written one first.
+    error, with `retry_after` as its Retry-After header. deltas: a str is a piece of the reply, a dict any other
+    delta, a float a pause in seconds; bytes are written to the stream as they are. end: what comes after them: the final
+    chunk ("stop"), an error frame ("error"), a closed connection without a final chunk ("cut"), or nothing for ever
+    ("hang"). usage: (prompt, completion) tokens; counted in words and pieces unless given. tokens: a guard model's answer
+    in place of `deltas`, each token as its alternatives with their probabilities, the written one first.
     """
 
-    deltas: Sequence[str | float | bytes] = ("Hello", " there", ".")
+    deltas: Sequence[str | float | bytes | Json] = ("Hello", " there", ".")
     wait: float = 0.0
     status: int = 200
     retry_after: str = ""
@@ -178,7 +178,8 @@ async def _streamed(request: web.Request, seen: Seen, script: Script) -> web.Str
         if isinstance(delta, float):
             await _pause(delta)
             continue
-        await response.write(delta if isinstance(delta, bytes) else _chunk(seen, {"content": delta}))
+        said = {"content": delta} if isinstance(delta, str) else delta
+        await response.write(said if isinstance(said, bytes) else _chunk(seen, said))
         seen.sent += 1
     if script.end in ("cut", "hang"):
         await _break_off(request, seen, script)

@@ -212,7 +212,7 @@ class FenceReading:
 class Code:
     """A stream validator for source code."""
 
-    as_written = True  # what is encoded is not shown as code: its rule reads no views
+    views = ()  # what is encoded is not shown as code: its rule reads no views
 
     def __init__(self, options: Options):
         self._options = options

@@ -64,7 +64,7 @@ UNIT = (
 )
 SCALE = rf"(?:[ \u00a0-]?(?P<scale>(?i:{'|'.join(sorted(SCALES, key=len, reverse=True))})(?![\p{{L}}\p{{N}}])))?"
 NUMBER = regex.compile(
-    r"(?<![\p{L}\p{N}_.,/:-])(?P<money>US\$|[€$£¥]|(?:EUR|USD|GBP|CHF|JPY)[ \u00a0])?[ \u00a0]?[-−+]?"
+    r"(?<![\p{L}\p{N}_.,/:]|[^0-9]-|^-)(?P<money>US\$|[€$£¥]|(?:EUR|USD|GBP|CHF|JPY)[ \u00a0])?[ \u00a0]?[-−+]?"
     r"(?P<digits>[0-9]{1,3}(?P<sep>[,.'’ \u00a0\u202f])[0-9]{3}(?:(?P=sep)[0-9]{3}){0,5}(?:[.,][0-9]{1,4})?(?![0-9])"
     r"|[0-9]{1,18}(?:[.,][0-9]{1,9}){0,3})(?:st|nd|rd|th)?(?![0-9])" + SCALE + UNIT
 )
@@ -102,7 +102,8 @@ NAME = regex.compile(
 )
 NUMBERED = regex.compile(
     r"^[ \t>]{0,20}(?:[-*•][ \t]{1,4})?(?:\*\*|#{1,6}[ \t])?\(?[0-9]{1,3}[.):](?:[*\s]|\Z)"
-    r"|(?i:\b(?:step|option|point|item|part|question|answer|example)[ \u00a0]#?[0-9]{1,3}(?![0-9.,%]))",
+    r"|(?i:\b(?:step|option|point|item|part|question|answer|example)[ \u00a0]#?[0-9]{1,3}(?![0-9.,%]))"
+    r"|(?<![0-9])24/7(?![0-9])",
     regex.MULTILINE,
 )
 TITLES = regex.compile(

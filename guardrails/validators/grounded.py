@@ -55,6 +55,8 @@ MARKED = regex.compile(r"<document\b[^>\n]{0,200}>(.*?)(?:</document>|\Z)", rege
 SENTENCE = regex.compile(r"[^.!?\n。！？]+(?:[.!?]+(?!\s|\Z)[^.!?\n。！？]+)*[.!?。！？]*")
 ASIDE = 20_000
 """Characters of text and documents from which on they are read in a thread."""
+KEPT = 200_000
+"""Characters of documents that are kept prepared."""
 STEM, WORDS = 5, 4
 """Letters by which a word is known in its other forms; words that a sentence must have to be judged by them."""
 PLAIN_WORDS = (
@@ -150,8 +152,12 @@ class Documents:
         return regex.search(r" " + r" ".join(rf"{letter}[^ ]*" for letter in letters) + r" ", self.words) is not None
 
 
-documents = lru_cache(32)(Documents)
-"""Documents as they were prepared; they are looked into with every sentence."""
+_kept = lru_cache(32)(Documents)
+
+
+def documents(text: str) -> Documents:
+    """The documents as they are prepared; small ones are kept, since they are looked into with every sentence."""
+    return _kept(text) if len(text) <= KEPT else Documents(text)
 
 
 def stems(text: str) -> Iterator[str]:
@@ -162,7 +168,7 @@ def stems(text: str) -> Iterator[str]:
 class Grounded:
     """A validator for what a reply states."""
 
-    as_written = True  # a disguise has other numbers: its rule reads no views
+    views = ()  # a disguise has other numbers: its rule reads no views
 
     channels = ("content",)
 
@@ -219,9 +225,10 @@ class Grounded:
 
 
 def _counts(fact: Fact, text: str) -> bool:
-    """False for what only looks like a fact: a written-out number of no unit, a word in capitals for its weight."""
+    """False for what only looks like a fact: a figure of speech, a word in capitals for its weight."""
     if fact.kind == "number":
-        return not fact.loose or bool(fact.unit)
+        said = text[fact.start : fact.end].lower()
+        return not fact.loose or (bool(fact.unit) and not said.startswith(("a ", "an ")) and said != "one day")
     if fact.kind == "name":
         (name,) = fact.values
         parts = str(name).split()

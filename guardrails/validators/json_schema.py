@@ -121,7 +121,7 @@ def _references(schema: object) -> Iterator[str]:
 class JsonSchema:
     """A validator for replies that must be JSON; raises ValueError for a schema that is none, or that may fail."""
 
-    as_written = True  # a disguise is not the reply: its rule reads no views
+    views = ()  # a disguise is not the reply: its rule reads no views
 
     channels = ("content",)
 

@@ -95,7 +95,7 @@ class LanguageReading:
 class Language:
     """A stream validator for the language of a text."""
 
-    as_written = True  # a disguise has no language: its rule reads no views
+    views = ()  # a disguise has no language: its rule reads no views
 
     def __init__(self, options: Options):
         self._options = options

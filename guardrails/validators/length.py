@@ -64,7 +64,7 @@ class WordsReading:
 class Length:
     """A stream validator for the length of a text; read before all others, which take longer the longer a text is."""
 
-    as_written = True  # a disguise has another length: its rule reads no views
+    views = ()  # a disguise has another length: its rule reads no views
 
     channels = ("content",)
     tier = -1

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from stdnum import iban, imei, luhn
 from stdnum.us import rtn
 
-from guardrails.spans import Span, Spans
+from guardrails.spans import PRECISE, Span, Spans
 from guardrails.validators import phones
 from guardrails.validators.checksums import BASE58, base58, is_bech32, is_eip55
 from guardrails.validators.identifiers import IDENTIFIERS, SEP, Announced
@@ -253,4 +253,4 @@ def build(options: Options) -> Spans:
     spans = [span for identifier in IDENTIFIERS if identifier.label in kinds for span in identifier.spans()]
     spans += phones.spans(options.regions) if "phone" in kinds else []
     makers = (_card, _email, _iban, _date_of_birth, _ip, _bank, _wallet, _device, _papers, _street, _name)
-    return Spans([*spans, *(span for make in makers for span in make() if span.label in kinds)])
+    return Spans([*spans, *(span for make in makers for span in make() if span.label in kinds)], PRECISE)

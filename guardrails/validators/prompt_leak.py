@@ -47,6 +47,8 @@ class Options(BaseModel):
 
 
 CANARY = 8
+KEPT = 200_000
+"""Characters of a protected text that is kept prepared."""
 MARKED = regex.compile(r"(?im)^[ \t>#*-]{0,20}\[?canary\]?[ \t]{0,9}[:=]?[ \t]{0,9}(\S.{0,400})$")
 RUN = regex.compile(r"[^\W_]+")
 SENTENCE = regex.compile(r"[^.!?\n;]+")
@@ -135,8 +137,13 @@ class Protected:
         return first, last
 
 
-protected = lru_cache(128)(Protected)
-"""Protected texts as they were prepared; a persona is asked for with every sentence."""
+_kept = lru_cache(64)(Protected)
+
+
+def protected(text: str, options: Options) -> Protected:
+    """A protected text as it is prepared; short ones are kept, since they are asked for with every sentence."""
+    make = _kept if len(text) <= KEPT else Protected
+    return make(text, tuple(options.public), options.letters, options.similar)
 
 
 def stems(text: str) -> list[str]:
@@ -177,8 +184,7 @@ class PromptLeak:
     def _texts(self, context: Context) -> list[Protected]:
         own = [message.content for message in context.messages if message.role in ("system", "developer")]
         texts = dict.fromkeys([context.persona, *(own if self._options.system else [])])
-        options = self._options
-        return [protected(text, tuple(options.public), options.letters, options.similar) for text in texts if text]
+        return [protected(text, self._options) for text in texts if text]
 
     async def find(self, text: str, context: Context) -> Sequence[Finding]:
         """Findings `canary` and `recited` (score 1), and `retold` (0.5 to 0.9 by the share of a sentence's words)."""

@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import regex
 from pydantic import BaseModel, ConfigDict, Field
 
-from guardrails.spans import Accept, Span, Spans
+from guardrails.spans import PRECISE, Accept, Span, Spans
 from guardrails.validators.checksums import BASE58, base58, crc62, is_bech32
 
 Kind = Literal[
@@ -278,4 +278,4 @@ MARKED = (
 
 def build(options: Options) -> Spans:
     """The validator for these kinds."""
-    return Spans([secret.span() for secret in (*TOKENS, *ASSIGNED, *MARKED) if secret.kind in options.kinds])
+    return Spans([secret.span() for secret in (*TOKENS, *ASSIGNED, *MARKED) if secret.kind in options.kinds], PRECISE)

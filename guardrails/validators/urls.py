@@ -248,7 +248,7 @@ class UrlsReading:
 class Addresses:
     """The stream validator for addresses."""
 
-    as_written = True  # it decodes hosts itself: its rule reads no views
+    views = ()  # it decodes hosts itself: its rule reads no views
 
     def __init__(self, urls: Urls):
         self._urls = urls

@@ -12,7 +12,7 @@ from guardrails.views.view import View
 
 _WORDS, _LONG = regex.compile(r"[A-Za-z]+"), regex.compile(r"[a-z]{4,}")
 _LAST = regex.compile(r"(?r)[A-Za-z]*")
-_MODEL = Path(__file__).parent.parent / "models" / "bigrams.txt"
+_MODELS = Path(__file__).parent.parent / "models"
 MARGIN = 2.0
 """How much more English a word must look when turned, in tenths of a nat a letter."""
 RUN = 12
@@ -22,7 +22,7 @@ RUN = 12
 @lru_cache(maxsize=1)
 def _bigrams() -> tuple[tuple[int, ...], ...]:
     """Costs of letter pairs in English words, -10 ln P(second | first); row and column 0 is the edge of a word."""
-    return tuple(tuple(map(int, row.split())) for row in _MODEL.read_text().splitlines())
+    return tuple(tuple(map(int, row.split())) for row in (_MODELS / "bigrams.txt").read_text().splitlines())
 
 
 def _cost(word: str) -> float:
@@ -34,10 +34,16 @@ def _cost(word: str) -> float:
     return (total + costs[before][0]) / (len(word) + 1)
 
 
+@lru_cache(maxsize=1)
+def _plain_words() -> frozenset[str]:
+    """Common words that look turned and are not, such as "need"."""
+    return frozenset((_MODELS / "plain_words.txt").read_text().split())
+
+
 @lru_cache(maxsize=16384)
 def is_turned(word: str) -> bool:
     """True for a word of small letters that looks more English backwards or in rot13."""
-    if not 4 <= len(word) <= 40:
+    if not 4 <= len(word) <= 40 or word in _plain_words():
         return False
     other = min(_cost(codecs.encode(word, "rot13")), _cost(word[::-1]))
     return other < _cost(word) - MARGIN

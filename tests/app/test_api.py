@@ -39,11 +39,17 @@ def chat(*messages: Any, **more: Any) -> bytes:
     return json.dumps({"model": "fake", "messages": list(messages)} | more).encode()
 
 
+def said(call: Message) -> Message:
+    return {"role": "assistant", "content": None, "tool_calls": [call]}
+
+
 def deep(levels: int) -> bytes:
     return b'{"model": "fake", "messages": ' + b"[" * levels + b"]" * levels + b"}"
 
 
 IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 INVALID_JSON = (400, "invalid_json", None)
 LAST = "messages"
 
@@ -86,7 +92,31 @@ BAD: dict[str, tuple[bytes, int, str, str | None]] = {
     ),
     "the assistant last": (chat(USER, {"role": "assistant", "content": "Hi"}), 400, "invalid_value", LAST),
     "the system last": (chat({"role": "system", "content": "Be kind."}), 400, "invalid_value", LAST),
-    "a tool last": (chat(USER, {"role": "tool", "content": "42"}), 400, "invalid_value", LAST),
+    "a user that calls a tool": (chat(USER | {"tool_calls": [CALL]}), 400, "invalid_value", "messages[0]"),
+    "a call without an id": (
+        chat(said(CALL | {"id": ""}), USER),
+        400,
+        "invalid_value",
+        "messages[0].tool_calls[0].id",
+    ),
+    "a call of no function": (
+        chat(said({"id": "c", "type": "function"}), USER),
+        400,
+        "missing_required_parameter",
+        "messages[0].tool_calls[0].function",
+    ),
+    "a sentence as a tool's name": (
+        chat(said(CALL | {"function": {"name": "tell me all", "arguments": "{}"}}), USER),
+        400,
+        "invalid_value",
+        "messages[0].tool_calls[0].function.name",
+    ),
+    "arguments that are an object": (
+        chat(said(CALL | {"function": {"name": "f", "arguments": {}}}), USER),
+        400,
+        "invalid_value",
+        "messages[0].tool_calls[0].function.arguments",
+    ),
     "negative temperature": (chat(USER, temperature=-0.1), 400, "invalid_value", "temperature"),
     "hot temperature": (chat(USER, temperature=2.1), 400, "invalid_value", "temperature"),
     "temperature in words": (chat(USER, temperature="hot"), 400, "invalid_value", "temperature"),
@@ -100,8 +130,36 @@ BAD: dict[str, tuple[bytes, int, str, str | None]] = {
     "stream as a number": (chat(USER, stream=1), 400, "invalid_value", "stream"),
     "two replies": (chat(USER, n=2), 400, "invalid_value", "n"),
     "log-probabilities": (chat(USER, logprobs=True), 400, "invalid_value", "logprobs"),
-    "a schema": (chat(USER, response_format={"type": "json_object"}), 400, "invalid_value", "response_format"),
-    "a forced tool": (chat(USER, tool_choice="required"), 400, "invalid_value", "tool_choice"),
+    "a format that is not known": (
+        chat(USER, response_format={"type": "xml"}),
+        400,
+        "invalid_value",
+        "response_format",
+    ),
+    "a schema without a schema": (
+        chat(USER, response_format={"type": "json_schema"}),
+        400,
+        "invalid_value",
+        "response_format",
+    ),
+    "a forced tool and none there": (chat(USER, tool_choice="required"), 400, "invalid_value", "tool_choice"),
+    "a choice that is not there": (
+        chat(USER, tools=[TOOL], tool_choice={"type": "function", "function": {"name": "g"}}),
+        400,
+        "invalid_value",
+        "tool_choice",
+    ),
+    "a choice in other words": (chat(USER, tools=[TOOL], tool_choice="any"), 400, "invalid_value", "tool_choice"),
+    "a tool twice": (chat(USER, tools=[TOOL, TOOL]), 400, "invalid_value", "tools"),
+    "a tool without a function": (
+        chat(USER, tools=[{"type": "function"}]),
+        400,
+        "missing_required_parameter",
+        "tools[0].function",
+    ),
+    "a tool of another kind": (chat(USER, tools=[TOOL | {"type": "custom"}]), 400, "invalid_value", "tools[0].type"),
+    "too many tools": (chat(USER, tools=[TOOL] * 129), 400, "invalid_value", "tools"),
+    "an effort that is a number": (chat(USER, reasoning_effort=3), 400, "invalid_value", "reasoning_effort"),
     "five stops": (chat(USER, stop=list("abcde")), 400, "invalid_value", "stop"),
     "a misspelt parameter": (chat(USER, temprature=1), 400, "unknown_parameter", "temprature"),
     "an unknown parameter": (chat(USER, frobnicate=1), 400, "unknown_parameter", "frobnicate"),

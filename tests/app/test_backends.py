@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from app import backends
 from app.backends import (
     BackendError,
+    CallDelta,
     Delta,
     OpenAIBackend,
     Prompt,
@@ -23,9 +24,10 @@ from app.backends import (
     Upstream,
     events,
     tokens_of,
+    written,
     yes_probability,
 )
-from guardrails.types import Message
+from guardrails.types import Message, ToolMessage
 from tests.fakes import FakeUpstream, Script
 from tests.gateway import free_port
 
@@ -112,7 +114,22 @@ async def test_an_event_without_an_end_is_given_up(piece: bytes, monkeypatch: py
     [
         (b'{"choices": [{"delta": {"content": "a"}}]}', Delta("a")),
         (b'{"choices": [{"delta": {"role": "assistant", "content": ""}}]}', Delta()),
-        (b'{"choices": [{"delta": {"content": null, "reasoning_content": "hm"}}]}', Delta()),
+        (b'{"choices": [{"delta": {"content": null, "reasoning_content": "hm"}}]}', Delta(reasoning="hm")),
+        (b'{"choices": [{"delta": {"reasoning": "hm"}}]}', Delta(reasoning="hm")),
+        (b'{"choices": [{"delta": {"reasoning": "hm", "reasoning_content": "hm"}}]}', Delta(reasoning="hm")),
+        (
+            b'{"choices": [{"delta": {"tool_calls": [{"index": 1, "id": "x", "function": {"name": "f"}}]}}]}',
+            Delta(calls=(CallDelta(1, "f"),)),
+        ),
+        (
+            b'{"choices": [{"delta": {"tool_calls": [{"index": 0, "function": {"arguments": "{"}}]}}]}',
+            Delta(calls=(CallDelta(0, "", "{"),)),
+        ),
+        (
+            b'{"choices": [{"delta": {"tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}, {}]}}]}',
+            Delta(calls=(CallDelta(0, "f", '{"a": 1}'), CallDelta(1))),
+        ),
+        (b'{"choices": [{"delta": {"tool_calls": null}}]}', Delta()),
         (b'{"choices": [{"delta": {}, "finish_reason": "length"}]}', Delta("", "length")),
         (b'{"choices": [{"finish_reason": "stop"}], "usage": null}', Delta("", "stop")),
         (b'{"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}}', Delta("", "", 3, 5)),
@@ -130,6 +147,10 @@ NO_FRAMES = b"""nothing
 {"choices": [3]}
 {"choices": {"a": 1}}
 {"choices": [{"delta": "x"}]}
+{"choices": [{"delta": {"tool_calls": 3}}]}
+{"choices": [{"delta": {"tool_calls": ["x"]}}]}
+{"choices": [{"delta": {"tool_calls": [{"index": 128}]}}]}
+{"choices": [{"delta": {"tool_calls": [{"index": -1}]}}]}
 {"usage": 3}
 {"usage": {"prompt_tokens": "many"}}
 {"error": "x"}
@@ -166,6 +187,22 @@ async def test_the_pieces_the_reason_and_the_counts_arrive() -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
+
+
+def test_a_conversation_is_written_as_engines_read_it() -> None:
+    calls = [ToolMessage("assistant", '{"a":1}', "c1", "f"), ToolMessage("assistant", "no JSON", "c2", "g")]
+    results = [ToolMessage("tool", "1", "c1", ""), ToolMessage("tool", "2", "c2", "")]
+    told = written([Message("user", "Hi"), *calls, *results, Message("assistant", "So:"), calls[0], results[0]])
+    first = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    second = {"id": "c2", "type": "function", "function": {"name": "g", "arguments": '{"arguments": "no JSON"}'}}
+    assert told == [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [first, second]},
+        {"role": "tool", "content": "1", "tool_call_id": "c1"},
+        {"role": "tool", "content": "2", "tool_call_id": "c2"},
+        {"role": "assistant", "content": "So:", "tool_calls": [first]},
+        {"role": "tool", "content": "1", "tool_call_id": "c1"},
+    ]
 
 
 async def test_an_engine_is_not_sent_what_it_cannot_bear() -> None:

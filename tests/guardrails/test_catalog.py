@@ -21,6 +21,7 @@ LEAST: dict[str, dict[str, object]] = {
     "language": {"allow": ["en"]},
     "length": {"max_chars": 9},
     "patterns": {"patterns": ["x"]},
+    "scope": {"topics": {"pay": ["What does my colleague earn?"]}},
     "topics": {"topics": [{"name": "pay", "words": ["salary"]}]},
 }
 
@@ -51,6 +52,7 @@ def example() -> str:
 
 
 @pytest.mark.parametrize("name", [name for name in catalog.BUILT_IN if name != "presidio"])  # an extra
+@pytest.mark.usefixtures("encoder_files")
 def test_every_validator_can_be_built_of_its_least_options(name):
     options = catalog.options(name).model_validate(LEAST.get(name, {}))
     assert isinstance(catalog.build(name, options), Validator)

@@ -21,7 +21,7 @@ HITS = [
     ("NEVER TELL WHAT A COLLEAGUE EARNS, EVEN WHEN A MANAGER of the same", "recited"),
     ("- Never tell\n- what a colleague\n- earns, even when\n- a manager of the same department", "recited"),
     (
-        "N e v e r  t e l l  w h a t  a  c o l l e a g u e  e a r n s,  e v e n  w h e n  a  m a n a g e r  o f  t h e  s a m e",
+        " ".join("Never tell what a colleague earns, even when a manager of the same"),
         "recited",
     ),
     ("Never_tell_what_a_colleague_earns__even_when_a_manager_of_the_same_department", "recited"),

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from alignment.corpora import BENIGN, HAZARDS, REFUSAL, Row
 from alignment.embeddings import Embeddings, Report
+from alignment.lbfgs import minimise
 from alignment.records import Rating
 from guardrails.classify import opening
 from guardrails.encoder import SIZE, Windows
@@ -172,7 +172,7 @@ class Fit:
 
     weights: Numbers
     bias: float
-    letters: NDArray[np.float32]
+    letters: Numbers
     letters_bias: float
 
     def values(self, data: Table, share: float) -> Numbers:
@@ -187,17 +187,17 @@ def fit(data: Table, chosen: NDArray[np.bool_], recipe: Recipe) -> Fit:
     share = (
         weights(data.rows, chosen, recipe.finds) / np.maximum(np.bincount(data.own, minlength=len(data.rows)), 1) ** 0.5
     )
-    weight = torch.tensor(share[data.own[windows]], dtype=torch.float32)
+    weight = share[data.own[windows]]
     weight /= weight.sum()
-    found = torch.tensor(data.finds[data.own[windows]], dtype=torch.float32)
-    straight = torch.tensor(data.vectors[windows])
-    meaning, bias = _regress(lambda w: straight @ w, lambda g: straight.T @ g, SIZE, found, weight, recipe.l2, 80)
+    found = data.finds[data.own[windows]].astype(np.float64)
+    straight = data.vectors[windows]
+    meaning, bias = _regress(lambda w: straight @ w, lambda g: g @ straight, SIZE, found, weight, recipe.l2, 80)
     spelt, turned = _sparse([data.letters[i] for i in windows], 1 << recipe.bits)
     letters, letters_bias = _regress(spelt, turned, 1 << recipe.bits, found, weight, recipe.l2_grams, 40)
-    return Fit(meaning.astype(np.float64), bias, letters, letters_bias)
+    return Fit(meaning, bias, letters, letters_bias)
 
 
-Product = Callable[[torch.Tensor], torch.Tensor]
+Product = Callable[[Numbers], Numbers]
 
 
 def _sparse(letters: Sequence[NDArray[np.uint32]], buckets: int) -> tuple[Product, Product]:
@@ -207,33 +207,29 @@ def _sparse(letters: Sequence[NDArray[np.uint32]], buckets: int) -> tuple[Produc
     columns = np.concatenate([np.zeros(0, np.int64), *letters]).astype(np.int64)
     share = 1 / np.maximum(sizes, 1) ** 0.5
 
-    def along(line: torch.Tensor) -> torch.Tensor:
-        sums = np.concatenate([[0.0], np.cumsum(line.numpy()[columns], dtype=np.float64)])
-        return torch.from_numpy(((sums[ends] - sums[ends - sizes]) * share).astype(np.float32))
+    def along(line: Numbers) -> Numbers:
+        sums = np.concatenate([[0.0], np.cumsum(line[columns])])
+        return np.asarray((sums[ends] - sums[ends - sizes]) * share)
 
-    def across(slope: torch.Tensor) -> torch.Tensor:
-        each = np.repeat(slope.numpy() * share, sizes)
-        return torch.from_numpy(np.bincount(columns, each, buckets).astype(np.float32))
+    def across(slope: Numbers) -> Numbers:
+        return np.bincount(columns, np.repeat(slope * share, sizes), buckets)
 
     return along, across
 
 
 def _regress(
-    along: Product, across: Product, size: int, found: torch.Tensor, weight: torch.Tensor, l2: float, steps: int
-) -> tuple[NDArray[np.float32], float]:
+    along: Product, across: Product, size: int, found: Numbers, weight: Numbers, l2: float, steps: int
+) -> tuple[Numbers, float]:
     """The weights and the bias with the least weighted loss and penalty; `along` and `across` multiply by the rows."""
-    line, bias = torch.zeros(size), torch.zeros(1)
-    optimiser = torch.optim.LBFGS([line, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
 
-    def closure() -> float:
-        logits = along(line) + bias
-        loss = (weight * torch.nn.functional.softplus(torch.where(found > 0, -logits, logits))).sum()
-        slope = weight * (torch.sigmoid(logits) - found)
-        line.grad, bias.grad = across(slope) + 2 * l2 * line, slope.sum()[None]
-        return float(loss + l2 * (line * line).sum())
+    def loss(line: Numbers) -> tuple[float, Numbers]:
+        logits = along(line[:-1]) + line[-1]
+        value = weight @ np.logaddexp(0, np.where(found > 0, -logits, logits)) + l2 * (line[:-1] @ line[:-1])
+        slope = weight * (sigmoid(logits) - found)
+        return float(value), np.append(across(slope) + 2 * l2 * line[:-1], slope.sum())
 
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
-    return line.numpy(), float(bias)
+    line = minimise(loss, np.zeros(size + 1), steps)
+    return line[:-1], float(line[-1])
 
 
 # --- measuring
@@ -283,9 +279,9 @@ def held_out(data: Table, recipe: Recipe, report: Report) -> Numbers:
 
 def _calibrated(values: Numbers, finds: NDArray[np.bool_], weight: Numbers) -> tuple[float, float]:
     """(slope, shift): Platt's logistic regression of what is found on the values."""
-    x = torch.tensor(values[:, None], dtype=torch.float32)
-    found, share = torch.tensor(finds, dtype=torch.float32), torch.tensor(weight, dtype=torch.float32)
-    slope, shift = _regress(lambda w: x @ w, lambda g: x.T @ g, 1, found, share, 1e-6, 60)
+    slope, shift = _regress(
+        lambda w: values * w[0], lambda g: g[None] @ values, 1, finds.astype(float), weight, 1e-6, 60
+    )
     return max(float(slope[0]), 1e-2), shift
 
 
@@ -408,23 +404,28 @@ def _head(recipe: Recipe, fitted: Fit, slope: float, shift: float, edges: tuple[
 
 def _sorts(data: Table, labels: Sequence[str]) -> tuple[Numbers, Numbers]:
     """(SIZE, labels) and a bias: which label a find has, from those whose source says it."""
-    line = torch.zeros(SIZE, len(labels), requires_grad=True)
-    bias = torch.zeros(len(labels), requires_grad=True)
-    told = np.array([i for i, row in enumerate(data.rows) if row.label in labels])
-    if len(labels) > 1 and len(told):
-        target = torch.tensor([labels.index(data.rows[i].label) for i in told])
-        count = torch.bincount(target, minlength=len(labels)).clamp(min=1)
-        optimiser = torch.optim.LBFGS([line, bias], max_iter=100, line_search_fn="strong_wolfe")
+    many = len(labels)
+    told = [i for i, row in enumerate(data.rows) if row.label in labels]
+    if many == 1 or not told:
+        return np.zeros((SIZE, many)), np.zeros(many)
+    x = np.concatenate([data.unit[told], np.ones((len(told), 1))], 1)
+    target = np.array([labels.index(data.rows[i].label) for i in told])
+    weight = np.maximum(np.bincount(target, minlength=many), 1)[target] ** -0.5
+    weight /= weight.sum()
 
-        def closure() -> torch.Tensor:
-            optimiser.zero_grad()
-            loss = torch.nn.functional.cross_entropy(torch.tensor(data.unit[told]) @ line + bias, target, count**-0.5)
-            loss = loss + 3e-4 * (line**2).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss
+    def loss(flat: Numbers) -> tuple[float, Numbers]:
+        line = flat.reshape(SIZE + 1, many)
+        logits = x @ line
+        logs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        slope = np.exp(logs)
+        slope[np.arange(len(told)), target] -= 1
+        value = -(weight @ logs[np.arange(len(told)), target]) + 3e-4 * float((line[:-1] ** 2).sum())
+        bend = x.T @ (slope * weight[:, None])
+        bend[:-1] += 6e-4 * line[:-1]
+        return float(value), bend.ravel()
 
-        optimiser.step(closure)  # type: ignore[no-untyped-call]
-    return line.detach().numpy().astype(np.float64), bias.detach().numpy().astype(np.float64)
+    line = minimise(loss, np.zeros((SIZE + 1) * many), 100).reshape(SIZE + 1, many)
+    return line[:-1], line[-1]
 
 
 def _about(recipe: Recipe, rows: Sequence[Row]) -> dict[str, Any]:
@@ -529,28 +530,22 @@ def _pool(head: Head, carried: Mapping[str, NDArray[Any]]) -> Numbers:
 
 def _moved(head: Head, carried: Mapping[str, NDArray[Any]], data: Table) -> tuple[Head, Numbers]:
     """The head with the likeliest weights and bias, and the curvature with these rows in it."""
-    x = torch.tensor(np.concatenate([data.vectors, np.ones((len(data.own), 1))], 1), dtype=torch.float64)
-    spelt, found = torch.tensor(data.spelt(head)), torch.tensor(data.finds[data.own], dtype=torch.float64)
-    share = np.array([row.weight for row in data.rows]) / data.counts / int(head.about["rows"])
-    weight = torch.tensor(share[data.own])
+    x = np.concatenate([data.vectors, np.ones((len(data.own), 1))], 1, dtype=np.float64)
+    spelt, found = data.spelt(head), data.finds[data.own].astype(np.float64)
+    weight = (np.array([row.weight for row in data.rows]) / data.counts)[data.own] / int(head.about["rows"])
     bend = _unpacked(carried["curvature"])
-    prior = torch.tensor(bend + 2 * float(head.about["recipe"]["l2"]) * np.eye(SIZE + 1))
-    start = torch.tensor(np.concatenate([head.weights, [head.bias]]))
-    line = start.clone()
-    optimiser = torch.optim.LBFGS(
-        [line], max_iter=200, history_size=20, tolerance_change=1e-12, line_search_fn="strong_wolfe"
-    )
+    prior = bend + 2 * float(head.about["recipe"]["l2"]) * np.eye(SIZE + 1)
+    start = np.append(head.weights, head.bias)
 
-    def closure() -> float:
+    def loss(line: Numbers) -> tuple[float, Numbers]:
         logits, moved = x @ line + spelt, line - start
-        loss = (weight * torch.nn.functional.softplus(torch.where(found > 0, -logits, logits))).sum()
-        line.grad = x.T @ (weight * (torch.sigmoid(logits) - found)) + prior @ moved
-        return float(loss + moved @ prior @ moved / 2)
+        value = weight @ np.logaddexp(0, np.where(found > 0, -logits, logits)) + moved @ prior @ moved / 2
+        return float(value), (weight * (sigmoid(logits) - found)) @ x + prior @ moved
 
-    optimiser.step(closure)  # type: ignore[no-untyped-call]
-    p = torch.sigmoid(x @ line + spelt)
+    line = minimise(loss, start, 200)
+    p = sigmoid(x @ line + spelt)
     more = (x * (weight * p * (1 - p))[:, None]).T @ x
-    return replace(head, weights=line[:-1].numpy(), bias=float(line[-1])), bend + more.numpy()
+    return replace(head, weights=line[:-1], bias=float(line[-1])), bend + more
 
 
 def feedback(ratings: Iterable[Rating], head: str) -> list[Row]:

@@ -113,7 +113,9 @@ async def activate_policy(request: Request, name: str) -> Response:
     service, _ = await _admin(request)
     told = parse(PolicyChoice, await read_body(request, service.settings.body_limit))
     if not told.version:
-        raise ApiError(400, "Say which 'version' to activate, or its start.", code="missing_required_parameter", param="version")
+        raise ApiError(
+            400, "Say which 'version' to activate, or its start.", code="missing_required_parameter", param="version"
+        )
     return _put(await service.policies.activate(name, told.version, told.by, _grader(service)))
 
 

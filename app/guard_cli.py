@@ -14,7 +14,7 @@ from rich.table import Table
 from alignment import encoder as encoders
 from app.settings import Settings
 
-if TYPE_CHECKING:  # torch takes seconds
+if TYPE_CHECKING:  # a shell should not wait for numpy to list keys
     from alignment.embeddings import Embeddings
     from alignment.guard import Measured
 

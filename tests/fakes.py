@@ -31,10 +31,10 @@ class Script:
 
     wait: seconds before anything is sent, `math.inf` for ever. status: another one than 200 is answered as an OpenAI
     error, with `retry_after` as its Retry-After header. deltas: a str is a piece of the reply, a dict any other
-    delta, a float a pause in seconds; bytes are written to the stream as they are. end: what comes after them: the final
-    chunk ("stop"), an error frame ("error"), a closed connection without a final chunk ("cut"), or nothing for ever
-    ("hang"). usage: (prompt, completion) tokens; counted in words and pieces unless given. tokens: a guard model's answer
-    in place of `deltas`, each token as its alternatives with their probabilities, the written one first.
+    delta, a float a pause in seconds; bytes are written to the stream as they are. end: what comes after them: the
+    final chunk ("stop"), an error frame ("error"), a closed connection without a final chunk ("cut"), or nothing for
+    ever ("hang"). usage: (prompt, completion) tokens; counted in words and pieces unless given. tokens: a guard model's
+    answer in place of `deltas`, each token as its alternatives with their probabilities, the written one first.
     """
 
     deltas: Sequence[str | float | bytes | Json] = ("Hello", " there", ".")

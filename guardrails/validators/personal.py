@@ -6,6 +6,8 @@ Identifiers without a shape of their own count only after a word that announces 
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -13,6 +15,7 @@ from stdnum import iban, imei, luhn
 from stdnum.us import rtn
 
 from guardrails.spans import PRECISE, Span, Spans
+from guardrails.types import Context, Finding, Reading
 from guardrails.validators import phones
 from guardrails.validators.checksums import BASE58, base58, is_bech32, is_eip55
 from guardrails.validators.identifiers import IDENTIFIERS, SEP, Announced
@@ -46,6 +49,11 @@ class Options(BaseModel):
         default=["US", "GB"],
         description="Countries (ISO 3166, two letters; EU for all of its members) whose phone numbers are known without"
         " the `+` and country code.",
+    )
+    allow: list[str] = Field(
+        default=[],
+        description="What may be said all the same, in any case: one's own addresses and numbers, such as `*@acme.com` "
+        "or `+1 800 555 0100` (`*` stands for anything, separators do not count).",
     )
 
 
@@ -253,4 +261,49 @@ def build(options: Options) -> Spans:
     spans = [span for identifier in IDENTIFIERS if identifier.label in kinds for span in identifier.spans()]
     spans += phones.spans(options.regions) if "phone" in kinds else []
     makers = (_card, _email, _iban, _date_of_birth, _ip, _bank, _wallet, _device, _papers, _street, _name)
-    return Spans([*spans, *(span for make in makers for span in make() if span.label in kinds)], PRECISE)
+    spans += [span for make in makers for span in make() if span.label in kinds]
+    return But(spans, options.allow) if options.allow else Spans(spans, PRECISE)
+
+
+class But(Spans):
+    """Spans, but for what is allowed."""
+
+    def __init__(self, spans: Sequence[Span], allow: Sequence[str]):
+        super().__init__(spans, PRECISE)
+        self._allow = [_squeezed(one) for one in allow]
+
+    def others(self, text: str, found: Sequence[Finding]) -> list[Finding]:
+        """The findings that are not allowed."""
+        return [one for one in found if not self._allowed(_squeezed(text[one.start : one.end]))]
+
+    def _allowed(self, value: str) -> bool:
+        return any(fnmatchcase(value, pattern) for pattern in self._allow)
+
+    def readings(self) -> Sequence[Reading]:
+        """Fresh readings."""
+        return [ButReading(self, reading) for reading in super().readings()]
+
+    async def find(self, text: str, context: Context) -> Sequence[Finding]:
+        """The findings that are not allowed, in the order of their start."""
+        return self.others(text, await super().find(text, context))
+
+
+class ButReading:
+    """The reading of some spans, but for what is allowed."""
+
+    __slots__ = ("_but", "_reading")
+
+    def __init__(self, but: But, reading: Reading):
+        self._but, self._reading = but, reading
+
+    def read(self, text: str, final: bool) -> tuple[Sequence[Finding], int]:
+        """The new certain findings and how far the text is settled (see `guardrails.types.Reading`)."""
+        found, settled = self._reading.read(text, final)
+        return self._but.others(text, found), settled
+
+
+def _squeezed(text: str) -> str:
+    """The text without white space, a number without its separators."""
+    if any(map(str.isalpha, text)):
+        return "".join(text.split()).casefold()
+    return "".join(sign for sign in text if sign.isdigit() or sign in "+*?")

@@ -231,3 +231,22 @@ def test_regions_may_be_the_european_union():
 def test_an_unknown_region_is_refused_with_what_to_write():
     with pytest.raises(ValueError, match="UK is not a country code; write two capitals such as US"):
         personal.build(personal.Options(regions=["US", "UK"]))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Write to help@acme.com or HELP@Acme.com.", []),
+        ("Write to help@acme.com or ann@example.com.", ["ann@example.com"]),
+        ("Write to help@acme.community.", ["help@acme.community"]),
+        ("Call +1 800 555 0199 now.", []),
+        ("Call +1 (800) 555-0199 now.", []),
+        ("Call +1 212 555 0199 now.", ["+1 212 555 0199"]),
+    ],
+)
+async def test_ones_own_addresses_and_numbers_may_be_said(text: str, found: list[str]) -> None:
+    validator = personal.build(personal.Options(kinds=["email", "phone"], allow=["*@acme.com", "+1 800 555 0199"]))
+    assert [text[one.start : one.end] for one in await validator.find(text, Context())] == found
+    (reading,) = validator.readings()
+    read = [one for end in range(len(text) + 1) for one in reading.read(text[:end], end == len(text))[0]]
+    assert [text[one.start : one.end] for one in read] == found

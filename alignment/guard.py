@@ -190,7 +190,7 @@ def fit(data: Table, chosen: NDArray[np.bool_], recipe: Recipe) -> Fit:
     weight = share[data.own[windows]]
     weight /= weight.sum()
     found = data.finds[data.own[windows]].astype(np.float64)
-    straight = data.vectors[windows]
+    straight = data.vectors[windows].astype(np.float64)
     meaning, bias = _regress(lambda w: straight @ w, lambda g: g @ straight, SIZE, found, weight, recipe.l2, 80)
     spelt, turned = _sparse([data.letters[i] for i in windows], 1 << recipe.bits)
     letters, letters_bias = _regress(spelt, turned, 1 << recipe.bits, found, weight, recipe.l2_grams, 40)
@@ -212,7 +212,7 @@ def _sparse(letters: Sequence[NDArray[np.uint32]], buckets: int) -> tuple[Produc
         return np.asarray((sums[ends] - sums[ends - sizes]) * share)
 
     def across(slope: Numbers) -> Numbers:
-        return np.bincount(columns, np.repeat(slope * share, sizes), buckets)
+        return np.asarray(np.bincount(columns, np.repeat(slope * share, sizes), buckets), np.float64)
 
     return along, across
 

@@ -235,6 +235,10 @@ class _Within:
         return await self._model.ask(question, self._budget)
 
 
+CHECK_QUESTIONS, CHECK_SECONDS = 100_000, 3600.0
+"""What the check of one policy may ask."""
+
+
 class GuardModels:
     """All guard models of a gateway."""
 
@@ -252,6 +256,11 @@ class GuardModels:
     def of_turn(self) -> dict[str, Judge]:
         """A turn's judges by name, for its `Context`; they share its budget."""
         budget = Budget(self._questions, self._seconds)
+        return {name: _Within(model, budget) for name, model in self._models.items()}
+
+    def of_check(self) -> dict[str, Judge]:
+        """The judges by name for the check of a policy, which asks as often as it has examples."""
+        budget = Budget(CHECK_QUESTIONS, CHECK_SECONDS)
         return {name: _Within(model, budget) for name, model in self._models.items()}
 
 

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from app.errors import ApiError, unavailable
+from app.guard_models import GuardModels
 from app.logs import event
 from app.metrics import Metrics
 from app.records import PolicyVersion
 from app.store import NotFound, Store, StoreDown
 from guardrails.check import Report, check
 from guardrails.policy import Library, PolicyError, Problem, Resolved, Source, resolve
-from guardrails.types import Grader, Message, Policy
+from guardrails.types import Grader, Judge, Message, Policy, Question, Token
 
+T = TypeVar("T")
 WRONG = "correct the example, or the rule, in the policy that extends"
 
 
@@ -46,8 +49,14 @@ class PolicyBook:
     So does a new version of a parent, when the policy cannot be loaded with it or fails its own examples.
     """
 
-    def __init__(self, store: Store, folders: Sequence[Path] = (), metrics: Metrics | None = None):
-        self._store, self._folders, self._metrics = store, tuple(folders), metrics
+    def __init__(
+        self,
+        store: Store,
+        folders: Sequence[Path] = (),
+        metrics: Metrics | None = None,
+        judges: GuardModels | None = None,
+    ):
+        self._store, self._folders, self._metrics, self._judges = store, tuple(folders), metrics, judges
         self._live: dict[str, _Live] = {}
         self._failed: dict[str, Mapping[str, str]] = {}  # with which stored versions a policy could not be loaded
         self._changing = asyncio.Lock()
@@ -134,7 +143,7 @@ class PolicyBook:
         except PolicyError as error:
             raise ApiError(400, str(error), code="invalid_policy", param="source") from None
         policy = found.policy
-        report = await _checked(policy, grader)
+        report = await _checked(policy, grader, self._judges.of_check() if self._judges else {})
         if activate and not report.passed:
             problems = "\n".join([*map(str, report.failures), *report.faults])
             message = f"The policy fails its own check and was not activated:\n{problems}"
@@ -206,22 +215,46 @@ def former(name: str, versions: Sequence[PolicyVersion]) -> PolicyVersion:
     return older
 
 
-async def _checked(policy: Policy, grader: Grader | None) -> Report:
+async def _checked(policy: Policy, grader: Grader | None, judges: Mapping[str, Judge]) -> Report:
     """The report on a policy, made in a thread: hostile texts keep it busy for seconds, and turns must go on."""
-    here = _Elsewhere(grader, asyncio.get_running_loop()) if grader else None
-    return await asyncio.to_thread(asyncio.run, check(policy, here))
+    loop = asyncio.get_running_loop()
+    here = _GraderElsewhere(grader, loop) if grader else None
+    others = {name: _JudgeElsewhere(judge, loop) for name, judge in judges.items()}
+    return await asyncio.to_thread(asyncio.run, check(policy, here, others))
 
 
-class _Elsewhere:
-    """A grader that is asked from another thread, and answers in its own loop."""
+async def _there(loop: asyncio.AbstractEventLoop, asked: Coroutine[Any, Any, T]) -> T:
+    """What is answered in the loop that the question belongs to."""
+    return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(asked, loop))
 
-    def __init__(self, grader: Grader, loop: asyncio.AbstractEventLoop):
-        self._grader, self._loop = grader, loop
+
+@dataclass(frozen=True, slots=True)
+class _GraderElsewhere:
+    """A grader that is asked from another thread."""
+
+    grader: Grader
+    loop: asyncio.AbstractEventLoop
 
     async def probability(self, messages: Sequence[Message]) -> float:
         """What the grader answers."""
-        return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(_ask(self._grader, messages), self._loop))
+
+        async def ask() -> float:
+            return await self.grader.probability(messages)
+
+        return await _there(self.loop, ask())
 
 
-async def _ask(grader: Grader, messages: Sequence[Message]) -> float:
-    return await grader.probability(messages)
+@dataclass(frozen=True, slots=True)
+class _JudgeElsewhere:
+    """A guard model that is asked from another thread."""
+
+    judge: Judge
+    loop: asyncio.AbstractEventLoop
+
+    async def ask(self, question: Question) -> Sequence[Token]:
+        """What the guard model answers."""
+
+        async def ask() -> Sequence[Token]:
+            return await self.judge.ask(question)
+
+        return await _there(self.loop, ask())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -24,7 +24,7 @@ from guardrails import diff as comparing
 from guardrails import replay as replaying
 from guardrails.policy import PolicyError, Resolved, Source, resolve
 from guardrails.schema import json_schema
-from guardrails.types import Grader, Policy
+from guardrails.types import Grader, Judge, Policy
 
 T = TypeVar("T")
 Which = Annotated[str, typer.Argument(help="A file, a name, or name@version of a stored one.")]
@@ -69,35 +69,39 @@ def _source(version: PolicyVersion) -> Source:
 
 
 @asynccontextmanager
-async def _grader(url: str | None) -> AsyncIterator[Grader | None]:
-    """The model behind an OpenAI-compatible URL as a grader, or None without one."""
+async def _models(url: str | None) -> AsyncIterator[tuple[Grader | None, Mapping[str, Judge]]]:
+    """The model behind an OpenAI-compatible URL as a grader, with the guard models that are set up; none without it."""
     if url is None:
-        yield None
+        yield None, {}
         return
     import aiohttp
 
     from app.backends import OpenAIBackend, Upstream
+    from app.guard_models import GuardModels
+    from app.metrics import Metrics
 
-    key = read_settings().engine.api_key
+    settings = read_settings()
+    key = settings.engine.api_key
     secret = key.get_secret_value() if key else ""
     try:
         async with aiohttp.ClientSession() as session:
             headers = {"authorization": f"Bearer {secret}"} if secret else {}
             async with session.get(f"{url.rstrip('/')}/models", headers=headers, raise_for_status=True) as answer:
                 name = (await answer.json())["data"][0]["id"]
-            yield OpenAIBackend(session, lambda: Upstream(url, name, secret))
+            judges = GuardModels(settings.guard_models, session, Metrics(), 0, 0).of_check()
+            yield OpenAIBackend(session, lambda: Upstream(url, name, secret)), judges
     except (aiohttp.ClientError, TimeoutError, KeyError, IndexError, TypeError) as error:
         raise Refusal(
             f"no engine answers at {url}/models ({type(error).__name__}); name its base URL, up to /v1"
         ) from None
 
 
-def _with_grader(url: str | None, work: Callable[[Grader | None], Awaitable[T]]) -> T:
-    """What `work` returns for the model behind the URL."""
+def _with_models(url: str | None, work: Callable[[Grader | None, Mapping[str, Judge]], Awaitable[T]]) -> T:
+    """What `work` returns for the model behind the URL and the guard models."""
 
     async def run() -> T:
-        async with _grader(url) as grader:
-            return await work(grader)
+        async with _models(url) as (grader, judges):
+            return await work(grader, judges)
 
     return asyncio.run(run())
 
@@ -115,7 +119,7 @@ def check(policy: Which, engine_url: EngineUrl = None, as_json: Json = False) ->
 
 def _checked(policy: Policy, engine_url: str | None, as_json: bool = False) -> None:
     """Prints the report on a policy; raises Refusal when it fails."""
-    report = _with_grader(engine_url, lambda grader: checking.check(policy, grader))
+    report = _with_models(engine_url, lambda grader, judges: checking.check(policy, grader, judges))
     if as_json:
         print_json(checking.as_json(report))
     else:
@@ -158,7 +162,8 @@ def replay(
     of = None if judged_by == "*" else judged_by or found.name
     moment = since.replace(tzinfo=UTC) if since else None
     turns = stored(lambda store: store.logged_turns(actor(), last, of, tenant, moment))
-    replayed = _with_grader(engine_url, lambda grader: replaying.replay(found, map(exchange, turns), grader))
+    exchanges = map(exchange, turns)
+    replayed = _with_models(engine_url, lambda grader, judges: replaying.replay(found, exchanges, grader, judges))
     if as_json:
         print_json(replaying.as_json(replayed, show_text))
     else:

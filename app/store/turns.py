@@ -156,9 +156,9 @@ def _verdict(row: RowMapping, stage: Stage, hits: Mapping[tuple[str, str], tuple
 
 
 def _turn(row: RowMapping, hits: Mapping[tuple[str, str], tuple[Hit, ...]], ticket: Ticket | None) -> Turn:
-    plain = Turn(**{name: row[name] for name in _PLAIN})
+    plain = Turn(**{name: row[name] for name in _PLAIN} | {"reasoning": row["reasoning"] or ""})
     history = tuple(_message(*one) for one in row["history"])
-    calls = tuple(ToolMessage(*one) for one in row["calls"])
+    calls = tuple(ToolMessage(*one) for one in row["calls"] or ())
     input, output = _verdict(row, "input", hits), _verdict(row, "output", hits)
     return replace(plain, history=history, calls=calls, input=input, output=output, ticket=ticket)
 

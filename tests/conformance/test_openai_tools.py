@@ -180,7 +180,6 @@ async def test_a_tool_call_and_the_reasoning_before_it_pass(
 @both
 async def test_parallel_calls_are_kept_apart(gateway: Gateway, upstream: FakeUpstream, stream: bool) -> None:
     first, second = call("send", '{"a":', "1}"), call("find", '{"b":', "2}", index=1)
-    upstream.script = script("Two things.", *zip(first, second, strict=True), reason="stop")
     upstream.script = script(
         "Two things.", *[one for pair in zip(first, second, strict=True) for one in pair], call("send", index=2)
     )
@@ -305,10 +304,10 @@ async def test_personal_data_is_redacted_in_every_channel(
 async def test_a_tool_that_was_not_offered_is_not_called(
     gateway: Gateway, upstream: FakeUpstream, stream: bool, offer: Any
 ) -> None:
-    upstream.script = script("Well. ", call("delete_all", '{"q": 1}'))
+    upstream.script = script("Well: ", call("delete_all", '{"q": 1}'))
     heard = await ask(gateway, stream, **({} if offer else {"tools": None}))
-    said = f"Well. \n\n{NOT_OFFERED_REPLY}" if stream else NOT_OFFERED_REPLY
-    assert (heard.content, heard.calls, heard.reason) == (said, [], "content_filter")
+    assert heard.content and heard.content.endswith(NOT_OFFERED_REPLY) and "delete" not in heard.text
+    assert (heard.calls, heard.reason) == ([], "content_filter")
     assert gateway.metric(
         "newel_rule_hits_total", policy="office", stage="output", rule=NOT_OFFERED, action="refuse", mode="enforce"
     )
@@ -365,10 +364,6 @@ async def test_what_is_redacted_comes_back_to_its_place(gateway: Gateway, upstre
 
 
 # --- rules about tools, and the vault
-
-
-async def tools_key(home: Path, gateway: Gateway) -> str:
-    return await gateway.tenant("tooled", "tools")
 
 
 @pytest.fixture
@@ -497,7 +492,10 @@ async def test_a_client_that_leaves_in_the_middle_of_a_call_stops_the_engine(
     gateway: Gateway, upstream: FakeUpstream
 ) -> None:
     upstream.script = script(
-        thought("Hm. "), call("find", '{"q": "', *["word "] * 20), 0.2, call("find", *["word "] * 9000)
+        thought("They want to know: what is it? "),
+        call("find", '{"q": "', *["word "] * 20),
+        0.2,
+        call("find", *["word "] * 9000),
     )
     seen: list[ChatCompletionChunk] = []
     async with gateway.sdk() as client:
@@ -510,7 +508,7 @@ async def test_a_client_that_leaves_in_the_middle_of_a_call_stops_the_engine(
         await stream.close()
         assert (await upstream.seen[0].finished(2.0)).gone
     turn: Turn = await gateway.turn(seen[0].id)
-    assert turn.error == "client_gone" and turn.reasoning.startswith("Hm.")
+    assert turn.error == "client_gone" and turn.reasoning.startswith("They want")
     assert turn.calls[0].content.startswith('{"q": "word')
 
 

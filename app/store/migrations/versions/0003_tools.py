@@ -9,5 +9,5 @@ down_revision = "0002"
 
 def upgrade() -> None:
     """Adds the columns; earlier turns had neither."""
-    op.add_column("turns", sa.Column("reasoning", sa.Text(), nullable=False, server_default=""))
-    op.add_column("turns", sa.Column("calls", sa.JSON(), nullable=False, server_default="[]"))
+    op.add_column("turns", sa.Column("reasoning", sa.Text(), nullable=True))
+    op.add_column("turns", sa.Column("calls", sa.JSON(), nullable=True))

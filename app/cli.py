@@ -417,5 +417,8 @@ def _show_one(values: dict[str, Any], as_json: bool) -> None:
                 seen = ", ".join(filter(None, [hit["broken"] and f"broken: {hit['broken']}", *hit["found"]]))
                 mode = "" if hit["mode"] == "enforce" else f" ({hit['mode']})"
                 console.print(f"hit: {hit['stage']}, {hit['rule']}, {hit['action']}{mode}: {seen}", markup=False)
+        elif name == "calls":
+            for call in value:
+                console.print(f"call: {call['name']} {call['arguments']} ({call['id']})", markup=False)
         elif value not in ("", None):
             console.print(f"{name.replace('_', ' ')}: {cell(value)}", markup=False)

@@ -102,10 +102,3 @@ def plain(text: str) -> str:
     except (ValueError, RecursionError):
         return Arguments().feed(text, final=True)
     return compact
-
-
-def redacted(text: str, placeholder: str, start: int, end: int) -> str:
-    """How the placeholder is written in the place of `text[start:end]`, where `text` is JSON."""
-    arguments = Arguments()
-    arguments.feed(text, final=True)
-    return arguments.placeholder(placeholder, start, end)

@@ -10,9 +10,8 @@ import asyncio
 from bisect import insort
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
-from guardrails.arguments import redacted
+from guardrails.arguments import Arguments
 from guardrails.engine import Redaction, redact
 from guardrails.reading import LONG, Seen, find, once, streams
 from guardrails.types import (
@@ -55,6 +54,7 @@ class Judging:
         self.seen = [Seen(message.content) for message in messages]
         self._hits: dict[str, list[Hit]] = {}
         self._redactions: dict[int, list[Redaction]] = {}
+        self._json: dict[int, Arguments] = {}
         self._sealed: tuple[Message, ...] = ()
         self._long = any(len(message.content) > LONG for message in messages)
 
@@ -133,8 +133,15 @@ class Judging:
                 message = self.messages[place]
                 redaction = Redaction.of(rule, finding, message.content, self.context.vault)
                 if isinstance(message, ToolMessage) and message.name:
-                    redaction = redaction.written(partial(redacted, message.content))
+                    redaction = redaction.written(self._in_json(place).placeholder)
                 insort(self._redactions.setdefault(place, []), redaction)
+
+    def _in_json(self, place: int) -> Arguments:
+        """The arguments or the definition that this message holds, as JSON."""
+        if place not in self._json:
+            self._json[place] = Arguments()
+            self._json[place].feed(self.messages[place].content, final=True)
+        return self._json[place]
 
     async def _read_joined(self, rules: Sequence[Rule]) -> None:
         """Reads what the messages say together; only what stands across a seam, and ends in something new, counts."""

@@ -23,6 +23,7 @@ from app.cli import app, main
 from app.export import scrubber
 from app.records import Tenant, Turn
 from app.store import Store
+from guardrails.types import ToolMessage
 from tests.app.turns import RAW, SECRET, begun, escalated, finished, opinion
 from tests.fakes import FakeUpstream
 
@@ -445,6 +446,16 @@ def test_a_turn_is_explained_without_what_was_withheld(newel: Run, home: Path) -
     assert "hit: input, ids, redact: SSN at 13-24" in out
     assert "hit: input, tone, refuse (shadow): broken: TimeoutError" in out
     assert SECRET not in out + newel("turn", turn.id, "--json")[1]
+
+
+def test_a_turn_is_shown_with_its_reasoning_and_its_tool_calls(newel: Run, home: Path) -> None:
+    made = ToolMessage("assistant", '{"q": "[EMAIL_1]"}', "call_1", "find")
+    turn = finished(begun("acme"), reasoning="They want it found.", calls=(made,))
+    put(home, turn)
+    out = newel("turn", turn.id)[1].splitlines()
+    assert {"reasoning: They want it found.", 'call: find {"q": "[EMAIL_1]"} (call_1)'} <= set(out)
+    told = json.loads(newel("turn", turn.id, "--json")[1])
+    assert told["calls"] == [{"id": "call_1", "name": "find", "arguments": '{"q": "[EMAIL_1]"}'}]
 
 
 def test_withheld_text_is_shown_for_a_reason_that_is_audited(newel: Run, home: Path) -> None:

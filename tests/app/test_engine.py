@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -22,7 +23,7 @@ from pydantic import SecretStr
 from app import engine as engine_module
 from app import launch
 from app.engine import Engine, Pauses
-from app.launch import EngineError, choose
+from app.launch import TOOLING, EngineError, Kind, choose
 from app.settings import EngineSettings
 
 FAKE = Path(__file__).with_name("fake_engine.py")
@@ -253,6 +254,27 @@ def test_vllm_comes_before_the_embedded_engine_and_the_cpu_build_is_started_its_
     assert "float32" in choose("vllm", "py", {**NOTHING, "vllm": "0.33.0+cpu"}).command
     assert choose("cpu", "py", {**EMBEDDED, "vllm": "0.33.0"}).kind == "cpu"
     assert choose("auto", "py", EMBEDDED).command == ["py", "-m", "alignment.serve"]
+    assert choose("auto", "py", EMBEDDED).without > TOOLING
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "without"),
+    [
+        ("external", {}, set()),
+        ("external", {"without": ["seed"]}, {"seed"}),
+        ("external", {"without": ["tools"]}, TOOLING),
+        ("vllm", {}, TOOLING),
+        ("vllm", {"args": ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]}, set()),
+        ("vllm", {"args": ["--enable-auto-tool-choice"], "without": ["tools"]}, TOOLING),
+    ],
+)
+def test_tools_go_only_to_an_engine_that_can_read_calls(
+    tmp_path: Path, kind: Kind, more: dict[str, Any], without: set[str]
+) -> None:
+    engine = Engine(EngineSettings(url="http://127.0.0.1:1", model="m", **more), tmp_path)
+    engine.kind = kind
+    assert engine._lacking() == without
+    assert kind == "vllm" or engine.without == without
 
 
 def test_vllm_for_a_gpu_needs_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,11 +23,12 @@ from alembic.migration import MigrationContext
 from sqlalchemy import Connection, event, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from alignment.collect import lessons
 from app.records import Tenant, Ticket, now
 from app.store import Conflict, NotFound, Store, StoreDown, StoreError, migrate
 from app.store import database as databases
 from app.store.tables import metadata
-from guardrails.types import Message
+from guardrails.types import Message, ToolMessage
 from tests.app.turns import ASKED, RAW, SECRET, as_read, begun, escalated, finished, long_ago, opinion
 from tests.postgres import Cluster
 
@@ -642,6 +643,23 @@ async def test_a_reply_that_brought_a_persons_answer_is_not_taken_for_the_models
     await store.add_feedback(opinion(bringing, value=-1.0))
     said = {judged.reply.turn: judged.reply.said async for judged in store.judged_turns(tenant)}
     assert said == {ticket.turn: "A person will answer.", bringing.id: ""}
+
+
+async def test_turns_with_tools_are_kept_whole_and_are_no_training_data(store: Store, tenant: str) -> None:
+    made, result = ToolMessage("assistant", '{"q":"é"}', "c1", "find"), ToolMessage("tool", "4\x002", "c1", "")
+    called = await kept(store, finished(begun(tenant), said="", reasoning="They ask.", calls=(made,)))
+    history = (*called.history, Message("user", called.asked), made, result)
+    answered = await kept(store, finished(begun(tenant, history=history, asked=""), said="42"))
+    found = [await store.turn(turn.id, tenant) for turn in (called, answered)]
+    assert [(turn.reasoning, turn.calls) for turn in found if turn] == [("They ask.", (made,)), ("", ())]
+    assert found[1] and found[1].history == (*history[:-1], replace(result, content="4\ufffd2"))
+    assert found[1].exchange == (*found[1].history[-1:], Message("assistant", "42"))
+    assert (found[1].question, found[1].results) == (called.asked, found[1].history[-1:])
+    for turn in (called, answered):
+        await store.add_feedback(opinion(turn, value=1.0))
+    judged = [judged async for judged in store.judged_turns(tenant)]
+    assert [(one.reply.prompt, one.reply.said) for one in judged] == [((), "")] * 2
+    assert [list(lessons(one)) for one in judged] == [["empty"]] * 2
 
 
 async def test_judged_turns_can_start_where_the_last_export_ended(store: Store, tenant: str) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from guardrails.arguments import Arguments, plain, redacted
+from guardrails.arguments import Arguments, plain
 
 
 def fed(text: str, cuts: list[int]) -> str:
@@ -90,7 +90,9 @@ TEXT = r'{"a":"x\nann@x.com","n":4111,"q":"z\"q","e":"\u0001"}'
 def test_what_is_redacted_leaves_json(span: str, becomes: object) -> None:
     start = TEXT.rindex(span) if span == '"q' else TEXT.index(span)
     end = start + len(span)
-    written = redacted(TEXT, '["E]', start, end)
+    arguments = Arguments()
+    assert arguments.feed(TEXT, final=True) == TEXT
+    written = arguments.placeholder('["E]', start, end)
     with suppress(json.JSONDecodeError):
         assert json.loads(TEXT[:start] + written + TEXT[end:]) == becomes
         return

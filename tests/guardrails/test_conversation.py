@@ -9,7 +9,7 @@ import pytest
 
 from guardrails.conversation import Judging, in_scope, judge_messages
 from guardrails.spans import Span, Spans
-from guardrails.types import BROKEN_REPLY, Action, Context, Finding, Message, Role, Rule, Scope, Verdict
+from guardrails.types import BROKEN_REPLY, Action, Context, Finding, Message, Role, Rule, Scope, ToolMessage, Verdict
 from guardrails.validators.length import Options, build
 
 FALCON = Rule("falcon", Spans([Span("falcon", r"(?i)\bproject falcon\b")]), Action.REFUSE, "No.")
@@ -233,3 +233,50 @@ async def test_odd_texts_get_a_verdict(text: str) -> None:
     for rules in ([FALCON, EMAIL, CARD], [replace(FALCON, views=False)]):
         found, seen = await judge_messages(rules, said(("user", text)))
         assert (found.action, seen[0].content) == (Action.ALLOW, text)
+
+
+# --- Tools
+
+
+def tooled(arguments: str, result: str = "42") -> tuple[Message, ...]:
+    made = ToolMessage("assistant", arguments, "c1", "find")
+    return (Message("user", "Look it up."), made, ToolMessage("tool", result, "c1", ""))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "becomes"),
+    [
+        ('{"to":"ann@example.com"}', '{"to":"[EMAIL]"}'),
+        ('{"to":"hi\\nann@example.com","n":1}', '{"to":"hi\\n[EMAIL]","n":1}'),
+        ('{"n":4111111111111111}', '{"n":"[CARD]"}'),
+    ],
+)
+async def test_redacted_arguments_stay_json_and_keep_their_call(arguments: str, becomes: str) -> None:
+    _, seen = await judge_messages([EMAIL, CARD], tooled(arguments, "to ann@example.com"))
+    assert seen[1:] == (
+        ToolMessage("assistant", becomes, "c1", "find"),
+        ToolMessage("tool", "to [EMAIL]", "c1", ""),
+    )
+
+
+async def test_a_hundred_thousand_findings_in_arguments_are_all_redacted() -> None:
+    plain = replace(EMAIL, views=False, budget=60)
+    _, seen = await judge_messages([plain], tooled('["' + "a@bc.de " * 100_000 + '"]'))
+    assert seen[1].content == '["' + "[EMAIL] " * 100_000 + '"]'
+
+
+@pytest.mark.parametrize(
+    ("arguments", "result"),
+    [("project falcon", "42"), ("{}", "about project falcon"), ("{}", "about project\\nfalcon")],
+)
+async def test_calls_and_results_are_read(arguments: str, result: str) -> None:
+    assert (await judge_messages([FALCON], tooled(arguments, result)))[0].action is Action.REFUSE
+
+
+async def test_a_question_is_judged_with_each_result_and_what_was_judged_before_is_not() -> None:
+    question = Message("user", "About project falcon?")
+    talk = (question, *tooled('{"q":"project falcon"}')[1:])
+    assert (await judge_messages([FALCON], talk, trusted=2))[0].action is Action.REFUSE
+    assert (await judge_messages([FALCON], (*tooled('{"q":"project falcon"}'),), trusted=2))[0].action is Action.ALLOW
+    answered = (*talk, Message("assistant", "No."), Message("user", "Thanks"))
+    assert (await judge_messages([FALCON], answered, trusted=4))[0].action is Action.ALLOW

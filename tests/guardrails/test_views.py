@@ -77,6 +77,7 @@ async def test_honest_text_is_left_alone(name: str) -> None:
         ("OBZG62TFMN2CAZTBNRRW63Q=", "[X]"),
         ("tcejorp noclaf", "[X]"),
         ("project\r\n  falcon", "[X]"),
+        ("project\\nfalcon", "[X]"), ("see project\\t\\u0066alcon", "see [X]"), ("pr\\\\u006fject falcon", "[X]"),
     ],
 )  # fmt: skip
 async def test_what_is_found_is_cut_out_of_the_original(text: str, redacted: str | None) -> None:
@@ -94,6 +95,7 @@ async def test_what_is_found_is_cut_out_of_the_original(text: str, redacted: str
         "1337 4 5 6", "well-being, and/or e.g. co-op", "don't won't can’t",
         "The hash is d41d8cd98f00b204e9800998ecf8427e",
         "dGhpcyBpcyBhbm90aGVyIHRleHQ= is some other text", "I do not live there; evil deeds",
+        "C:\\new\\project\\temp and falcon", "\\nabla \\text{project} \\rho falcon",
     ],
 )  # fmt: skip
 async def test_near_misses_are_left_alone(text: str) -> None:

@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from alignment import encoder as encoders
 from alignment import pretrained
 from app.backends import events
 from app.cli import converter
@@ -39,6 +40,7 @@ from app.records import KeyScope, Tenant, Ticket, Turn, now
 from app.settings import Settings
 from app.shell import Refusal
 from app.store import Store
+from guardrails import encoder
 
 News: TypeAlias = "asyncio.Queue[tuple[dict[str, str], bytes]]"
 """What the webhook received: headers by their small names, and the body."""
@@ -328,6 +330,7 @@ async def run(settings: Settings, port: int | None, leave: bool) -> int:
         stack.enter_context(_alone(home))
         console.print(f"newel demo: everything is kept in {home}")
         model = await _model(console, settings)
+        await _encoder(console, settings)
         with _phase(console, "database and keys"):
             store = await Store.open(_database(home), home / "spill")
             stack.push_async_callback(store.close)
@@ -460,6 +463,14 @@ async def _model(console: Console, settings: Settings) -> str:
     there = pretrained.find(wanted, home=settings.home)
     with _phase(console, f"model ({'cached' if there else 'once'})") as tell:
         return str(await asyncio.to_thread(pretrained.pull, wanted, home=settings.home, report=tell, python=python))
+
+
+async def _encoder(console: Console, settings: Settings) -> None:
+    """Fetches the encoder of the guard's classifiers, once."""
+    if encoders.find(settings.home) or all((encoder.folder() / name).is_file() for name in encoder.FILES):
+        return
+    with _phase(console, "encoder of the guards (once)") as tell:
+        await asyncio.to_thread(encoders.pull, settings.home, None, tell, converter(settings))
 
 
 def _database(home: Path) -> str:

@@ -32,6 +32,7 @@ from app.service import Service
 from app.settings import Settings
 from app.store import Conflict, NotFound, SpillFull, Store, StoreDown, StoreError
 from app.vault import SWEEP, open_vaults
+from guardrails import encoder
 
 REFRESH = 1.0
 """Seconds between two looks for policies that were activated elsewhere."""
@@ -66,6 +67,7 @@ def _lifespan(settings: Settings, metrics: Metrics) -> Callable[[FastAPI], Abstr
 async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) -> Service:
     """The running service; what it started is stopped by `stack`, in reverse."""
     settings.home.mkdir(parents=True, exist_ok=True)
+    encoder.look_in(settings.home)
     store = await Store.open(settings.database_url, settings.home / "spill")
     stack.push_async_callback(store.close)
     await _first_tenant(store, settings)

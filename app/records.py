@@ -112,7 +112,8 @@ class Turn:
     def exchange(self) -> tuple[Message, ...]:
         """What was new in this turn: the question or the results of tools, and the reply."""
         asked = self.results or (Message("user", self.asked),)
-        return (*asked, *((Message("assistant", self.said),) if self.said else ()), *self.calls)
+        calls = self.calls if self.finish_reason == "tool_calls" else ()  # others were not made to their end
+        return (*asked, *((Message("assistant", self.said),) if self.said else ()), *calls)
 
     @property
     def question(self) -> str:

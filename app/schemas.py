@@ -23,7 +23,7 @@ MAX_TOOLS = 128
 TOOL = r"^[A-Za-z0-9_.:/-]{1,128}$"
 """Names of tools: nothing that a sentence could be written in, since they are not judged."""
 CALL = r"^[!-~]{1,128}$"
-DEFINING = ("system", "developer")
+DEFINING: tuple[Role, Role] = ("system", "developer")
 """The roles in which the guards read the definition of a tool, and the shape that a reply must have."""
 
 

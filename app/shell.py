@@ -24,6 +24,7 @@ from rich.text import Text
 from app.records import Turn
 from app.settings import Settings
 from app.store import Store
+from guardrails import encoder
 
 T = TypeVar("T")
 Json = Annotated[bool, typer.Option("--json", help="As JSON, for programs.")]
@@ -40,13 +41,15 @@ class Refusal(Exception):
 def read_settings(**changes: Any) -> Settings:
     """The settings with `changes`; raises Refusal with every mistake in them."""
     try:
-        return Settings(**changes)
+        settings = Settings(**changes)
     except ValidationError as error:
         raise Refusal("\n".join(_mistake(one) for one in error.errors(include_url=False)), 2) from None
     except tomllib.TOMLDecodeError as error:
         raise Refusal(f"{os.environ.get('NEWEL_CONFIG', 'newel.toml')} is not valid TOML: {error}", 2) from None
     except SettingsError as error:
         raise Refusal(f'settings: {error}; a list is written as JSON, such as ["--flag"]', 2) from None
+    encoder.look_in(settings.home)
+    return settings
 
 
 def _mistake(error: ErrorDetails) -> str:

@@ -62,12 +62,24 @@ class _Cut:
     ids: list[int]
 
 
+_homes: list[Path] = []
+
+
+def look_in(home: Path) -> None:
+    """Has the encoder looked for in `models/` of this folder, before all others."""
+    if home not in _homes:
+        _homes.insert(0, home)
+
+
 def folder() -> Path:
-    """Where the encoder's files are: NEWEL_ENCODER, or `models/` in NEWEL_HOME (~/.local/share/newel)."""
+    """Where the encoder's files are: NEWEL_ENCODER; else the first `models/` that has them of the homes that were
+    named, of NEWEL_HOME and the folder around it (where the home of a demo is), and of ~/.local/share/newel."""
     if named := os.environ.get("NEWEL_ENCODER"):
         return Path(named).expanduser()
-    home = os.environ.get("NEWEL_HOME")
-    return (Path(home).expanduser() if home else Path.home() / ".local" / "share" / "newel") / "models" / NAME
+    usual = Path.home() / ".local" / "share" / "newel"
+    home = Path(os.environ.get("NEWEL_HOME") or usual).expanduser()
+    places = [one / "models" / NAME for one in (*_homes, home, home.parent, usual)]
+    return next((one for one in places if all((one / name).is_file() for name in FILES)), places[0])
 
 
 def require() -> Path:

@@ -647,13 +647,13 @@ async def test_a_reply_that_brought_a_persons_answer_is_not_taken_for_the_models
 
 async def test_turns_with_tools_are_kept_whole_and_are_no_training_data(store: Store, tenant: str) -> None:
     made, result = ToolMessage("assistant", '{"q":"é"}', "c1", "find"), ToolMessage("tool", "4\x002", "c1", "")
-    called = await kept(store, finished(begun(tenant), said="", reasoning="They ask.", calls=(made,)))
+    called = await kept(store, begun(tenant, reasoning="They ask.", calls=(made,)))
     history = (*called.history, Message("user", called.asked), made, result)
-    answered = await kept(store, finished(begun(tenant, history=history, asked=""), said="42"))
+    answered = await kept(store, begun(tenant, history=history, asked=""))
     found = [await store.turn(turn.id, tenant) for turn in (called, answered)]
     assert [(turn.reasoning, turn.calls) for turn in found if turn] == [("They ask.", (made,)), ("", ())]
     assert found[1] and found[1].history == (*history[:-1], replace(result, content="4\ufffd2"))
-    assert found[1].exchange == (*found[1].history[-1:], Message("assistant", "42"))
+    assert found[1].exchange == (*found[1].history[-1:], Message("assistant", answered.said))
     assert (found[1].question, found[1].results) == (called.asked, found[1].history[-1:])
     for turn in (called, answered):
         await store.add_feedback(opinion(turn, value=1.0))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from app.records import Ticket, Turn, new_id
 from app.service import Service
 from app.store import StoreDown
-from guardrails.types import Message
+from guardrails.types import Message, ToolMessage
 from guardrails.vault import may_be
 
 REMEMBERED = 50
@@ -90,9 +90,19 @@ def _on_record(thread: Thread, said: Sequence[Message], known: bool) -> Thread:
     replies = [place for place, message in enumerate(thread.messages) if message.role == "assistant"]
     new = thread.messages[replies[-1] + 1 :] if replies else thread.messages
     told = [message for message in thread.messages[: len(thread.messages) - len(new)] if message.role in SYSTEM]
-    own = [message.content.strip() for message in said if message.role == "assistant"]
-    true = [any(may_be(thread.messages[place].content.strip(), one) for one in own) for place in replies]
-    forged = not all(true)
-    if not known and not any(true):
-        return replace(thread, forged=forged)
+    true = [place for place in replies if _is_ours(thread.messages[place], said)]
+    forged = true != replies
+    if not known and all(isinstance(thread.messages[place], ToolMessage) for place in true):
+        return replace(thread, forged=forged)  # the arguments of a call, such as {}, are guessed as well
     return replace(thread, messages=(*said, *told, *new), trusted=len(said), forged=forged)
+
+
+def _is_ours(reply: Message, said: Sequence[Message]) -> bool:
+    """True for a reply, or a tool call, that we have given."""
+    named = isinstance(reply, ToolMessage) and reply.name
+    return any(
+        one.role == "assistant"
+        and (isinstance(one, ToolMessage) and one.name) == named
+        and may_be(reply.content.strip(), one.content.strip())
+        for one in said
+    )

@@ -31,8 +31,8 @@ def encoder_dir(model_home: Path) -> Path:
     return where if all((where / name).is_file() for name in encoder.FILES) else encoders.pull(model_home)
 
 
-@pytest.fixture
-def encoder_files(encoder_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The encoder is where policies look for it."""
-    monkeypatch.setenv("NEWEL_ENCODER", str(encoder_dir))
+@pytest.fixture(scope="session", autouse=True)
+def encoder_files(encoder_dir: Path) -> Path:
+    """The encoder is where policies look for it, here and in the processes that tests start."""
+    os.environ["NEWEL_ENCODER"] = str(encoder_dir)
     return encoder_dir

@@ -75,7 +75,7 @@ expect = "allow"
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty home, and no settings but that."""
-    for name in [name for name in os.environ if name.startswith("NEWEL_")]:
+    for name in [name for name in os.environ if name.startswith("NEWEL_") and name != "NEWEL_ENCODER"]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("NEWEL_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("NEWEL_CONFIG", str(tmp_path / "newel.toml"))

@@ -441,6 +441,15 @@ async def test_a_named_conversation_with_tools_is_known_by_its_record(
     assert gateway.metric("newel_forged_histories_total") == 1
 
 
+async def test_a_call_that_anybody_could_guess_opens_no_conversation(gateway: Gateway, upstream: FakeUpstream) -> None:
+    named: Json = {"extra_headers": {"X-Conversation-Id": "c-2"}}
+    upstream.script = script(call("find", "{}"))
+    await ask(gateway, False, user("My code word is heron."), **named)
+    upstream.script = script("Hm.")
+    await ask(gateway, False, *history("{}"), **named)
+    assert "heron" not in json.dumps(upstream.seen[1].body)
+
+
 # --- JSON
 
 

@@ -135,9 +135,25 @@ def test_places_are_even_and_within_a_window() -> None:
 def test_files_are_looked_for_in_the_named_folder_then_in_the_home(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NEWEL_HOME", str(tmp_path))
+    def filled(home: Path) -> Path:
+        there = home / "models" / module.NAME
+        there.mkdir(parents=True)
+        for name in module.FILES:
+            (there / name).touch()
+        return there
+
+    monkeypatch.setattr(module, "_homes", [])
+    monkeypatch.setenv("HOME", str(tmp_path / "person"))
+    monkeypatch.setenv("NEWEL_HOME", str(tmp_path / "gateway" / "demo"))
     monkeypatch.delenv("NEWEL_ENCODER", raising=False)
-    assert folder() == tmp_path / "models" / module.NAME
+    assert folder() == tmp_path / "gateway" / "demo" / "models" / module.NAME
+    for home in ("person/.local/share/newel", "gateway", "gateway/demo"):
+        there = filled(tmp_path / home)
+        assert folder() == there
+    module.look_in(tmp_path / "named")
+    assert folder() == tmp_path / "gateway" / "demo" / "models" / module.NAME
+    there = filled(tmp_path / "named")
+    assert folder() == there
     monkeypatch.setenv("NEWEL_ENCODER", str(tmp_path / "own"))
     assert folder() == tmp_path / "own"
     with pytest.raises(ValueError, match=r"own lacks model\.onnx, tokenizer\.json\); run: newel guard pull"):

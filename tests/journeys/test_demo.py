@@ -39,7 +39,8 @@ def engine() -> FakeUpstream:
 
 async def demo(home: Path, *args: str, **settings: str) -> tuple[int, str]:
     """(the exit code, everything that was printed) of `newel demo` in this home."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("NEWEL_")}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("NEWEL_")}
+    environment = kept | {"NEWEL_ENCODER": os.environ["NEWEL_ENCODER"]}
     environment |= {"NEWEL_HOME": str(home), "NEWEL_CONFIG": str(home / "none.toml")} | settings
     command = [sys.executable, "-c", "from app.cli import main; main()", "demo", *args]
     process = await asyncio.create_subprocess_exec(

@@ -58,29 +58,29 @@ def sets(data: Path) -> dict[str, list[str]]:
     }
 
 
-async def measured(policy: Policy, texts: list[str]) -> tuple[Rate, Counter[str]]:
-    """(how many of the texts are stopped, which rules decided how often)."""
-    rules: Counter[str] = Counter()
-    stopped, distinct = 0, dict.fromkeys(texts)
-    for text in distinct:
-        verdict, _ = await judge_messages(policy.input, (Message("user", text),))
-        stopped += verdict.action.stops
-        if verdict.action is not Action.ALLOW:
-            rules[f"{verdict.rule} ({verdict.action.word})"] += 1
-    return Rate(stopped, len(distinct)), rules
+async def measured(policies: list[Policy], texts: list[str]) -> list[tuple[Rate, Counter[str]]]:
+    """By policy: (how many of the texts are stopped, which rules decided how often)."""
+    rules: list[Counter[str]] = [Counter() for _ in policies]
+    stopped, distinct = [0] * len(policies), dict.fromkeys(texts)
+    for text in distinct:  # all policies in turn: they share the encoder's pass over it
+        for i, policy in enumerate(policies):
+            verdict, _ = await judge_messages(policy.input, (Message("user", text),))
+            stopped[i] += verdict.action.stops
+            if verdict.action is not Action.ALLOW:
+                rules[i][f"{verdict.rule} ({verdict.action.word})"] += 1
+    return [(Rate(count, len(distinct)), those) for count, those in zip(stopped, rules, strict=True)]
 
 
 async def main(data: Path, packs: list[str]) -> None:
-    texts = sets(data)
-    for pack in packs or sorted(path.stem for path in SHIPPED.glob("*.toml")):
-        policy = load(pack)
-        for name, those in texts.items():
-            rate, rules = await measured(policy, those)
+    policies = [load(pack) for pack in packs or sorted(path.stem for path in SHIPPED.glob("*.toml"))]
+    for name, those in sets(data).items():
+        for policy, (rate, rules) in zip(policies, await measured(policies, those), strict=True):
             shown = ", ".join(f"{rule} {count}" for rule, count in rules.most_common())
-            print(f"{pack:<8} {name:<17} stopped {rate}  {shown}", flush=True)
+            print(f"{policy.name:<8} {name:<17} stopped {rate}  {shown}", flush=True)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit(__doc__)
+        print(__doc__)
+        raise SystemExit(0)
     asyncio.run(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -24,7 +24,7 @@ from app.store import Replayed, SpillFull, Store, StoreDown
 from app.store import store as stores
 from app.store.database import Database
 from app.store.spill import Spill, decode, encode
-from guardrails.types import Message
+from guardrails.types import Message, ToolMessage
 from tests.app.turns import as_read, begun, escalated, finished
 from tests.postgres import Cluster
 
@@ -65,6 +65,8 @@ def full_disk(limit: int) -> Iterator[None]:
 
 # --- the file
 
+CALL = ToolMessage("assistant", '{"q": "\ud800"}', "c", "find")
+
 
 @pytest.mark.parametrize(
     "turn",
@@ -73,8 +75,9 @@ def full_disk(limit: int) -> Iterator[None]:
         finished(begun("acme")),
         escalated(begun("acme", retry_of="chatcmpl-0", streamed=False)),
         begun("acme", asked='a\x00b \ud800 \u2028\n"', history=(Message("tool", "\r\n"),)),
+        begun("acme", asked="", history=(CALL, ToolMessage("tool", "42", "c", "")), calls=(CALL,), reasoning="Hm."),
     ],
-    ids=["begun", "finished", "escalated", "hostile"],
+    ids=["begun", "finished", "escalated", "hostile", "tools"],
 )
 def test_a_line_holds_everything_that_the_turn_holds(turn: Turn) -> None:
     line = encode(turn)

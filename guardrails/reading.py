@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from time import perf_counter
 from typing import TypeGuard
 
 import regex
@@ -192,13 +193,13 @@ def once(findings: Iterable[Finding]) -> list[Finding]:
 class Reader:
     """One rule's progress through one growing text: what it has found, how far it has settled, whether it broke."""
 
-    __slots__ = ("_asked", "_readings", "_seen", "broken", "findings", "order", "rule", "settled")
+    __slots__ = ("_asked", "_readings", "_seen", "_spent", "broken", "findings", "order", "rule", "settled")
 
     def __init__(self, order: int, rule: Rule):
         self.order, self.rule = order, rule
         self._readings: dict[str, Sequence[Reading]] = {}
         self._seen: set[tuple[str, int, int]] = set()
-        self._asked = 0
+        self._asked, self._spent = 0, 0.0
         self.findings: list[Finding] = []
         self.settled = 0
         self.broken = ""
@@ -209,9 +210,14 @@ class Reader:
         return self.rule.mode == "enforce"
 
     def read(self, views: Views, final: bool) -> list[Finding]:
-        """The new findings at or above the rule's threshold; a validator that raises breaks the rule, not the text."""
+        """The new findings at or above the rule's threshold.
+
+        A validator that raises, or whose readings take longer than the rule's budget together, breaks the rule, not
+        the text.
+        """
         if self.broken:
             return []
+        began = perf_counter()
         try:
             new, settled = self._read(views.raw, final)
             for view in views.different:
@@ -220,6 +226,9 @@ class Reader:
                 more, reached = self._read(view, final)
                 new += more
                 settled = min(settled, reached)
+            self._spent += perf_counter() - began
+            if self._spent > self.rule.budget:
+                raise TimeoutError
         except Exception as error:
             self.broken = type(error).__name__
             return []

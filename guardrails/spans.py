@@ -48,13 +48,14 @@ class PatternError(ValueError):
 def open_ended(pattern: str) -> str:
     r"""`pattern` with each word boundary also true at the end of the text, where more text could make it so.
 
-    In a negative look-around, where true means no, what the end could change asks for one more character instead.
+    In a look-ahead, behind which no character is read, and in a negative look-around, where true means no, what the
+    end could change asks for one more character instead.
     """
     out: list[str] = []
-    groups: list[bool] = []  # of each open group: whether it stands in a negative look-around
+    groups: list[bool] = []  # of each open group: whether it stands in such a look-around
     in_class, i = False, 0
     while i < len(pattern):
-        pair, negative = pattern[i : i + 2], groups[-1:] == [True]
+        pair, asking = pattern[i : i + 2], groups[-1:] == [True]
         size = 2 if pair[0] == "\\" else 1
         sign = pair[:size]
         if in_class:
@@ -65,11 +66,11 @@ def open_ended(pattern: str) -> str:
             size += len(start[0]) if start else 0
             sign = pattern[i : i + size]
         elif sign == "(":
-            groups.append(negative or pattern.startswith(("(?!", "(?<!"), i))
+            groups.append(asking or pattern.startswith(("(?=", "(?!", "(?<!"), i))
         elif sign == ")":
             del groups[-1:]
         elif sign in (r"\b", r"\B", r"\m", r"\M", r"\Z", "$"):
-            sign = rf"(?:(?=(?s:.)){sign})" if negative else sign if sign in (r"\Z", "$") else rf"(?:{sign}|\Z)"
+            sign = rf"(?:(?=(?s:.)){sign})" if asking else sign if sign in (r"\Z", "$") else rf"(?:{sign}|\Z)"
         out.append(sign)
         i += size
     return "".join(out)

@@ -160,3 +160,8 @@ def test_a_reader_says_once_what_it_found() -> None:
     views.grow("ann@example.com and аnn@example.com ", True)  # the second one begins with a Cyrillic letter
     assert [one.start for one in reader.read(views, True)] == [0, 20]
     assert reader.read(views, True) == []
+
+
+async def test_a_rule_whose_readings_take_longer_than_its_budget_is_broken() -> None:
+    verdict = await judge([Rule("slow", EMAIL.validator, Action.REDACT, budget=1e-9)], "Hello there.")
+    assert (verdict.action, verdict.hits[0].broken) == (Action.REFUSE, "TimeoutError")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import time
 from collections.abc import AsyncIterator
@@ -62,6 +63,7 @@ async def gateway(
     for name, source in (("strict", POLICY), ("plain", PLAIN)):
         (home / f"{name}.toml").write_text(source)
     args = ["--max-model-len", "1024", "--enforce-eager", "--max-num-seqs", "8", "--max-logprobs", "2000"]
+    args += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     engine = EngineSettings(kind="vllm", python=python, model=str(model_dir), args=args, start_timeout=900)
     chosen = Settings(home=home, policies=home, default_policy="plain", engine=engine, first_token_timeout=300)
     async with FakeUpstream() as unused, running(home, unused, settings=chosen, start=900) as gateway:
@@ -75,6 +77,37 @@ async def running_requests(gateway: Gateway) -> float:
         page = await answer.text()
     lines = [line for line in page.splitlines() if line.startswith("vllm:num_requests_running{")]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+MAIL = {
+    "type": "object",
+    "properties": {"to": {"enum": ["jane"]}, "count": {"type": "integer", "maximum": 9}},
+    "required": ["to", "count"],
+    "additionalProperties": False,
+}
+SEND: Any = {"type": "function", "function": {"name": "send_mail", "parameters": MAIL}}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_forced_tool_is_called_and_its_result_answered(gateway: Gateway, stream: bool) -> None:
+    body: Any = gateway.body("Send a mail to jane.", tools=[SEND], tool_choice="required", stream=stream, **ASK)
+    status, _, raw = await gateway.raw("POST", "/v1/chat/completions", json=body)
+    assert status == 200 and b'"name":"send_mail"' in raw, raw
+    made = {
+        "id": "c1",
+        "type": "function",
+        "function": {"name": "send_mail", "arguments": '{"to": "jane", "count": 1}'},
+    }
+    body["messages"] += [{"role": "assistant", "content": None, "tool_calls": [made]}]
+    body["messages"] += [{"role": "tool", "tool_call_id": "c1", "content": "sent"}]
+    status, _, raw = await gateway.raw("POST", "/v1/chat/completions", json=body | {"tool_choice": "none"})
+    assert status == 200 and b"content" in raw, raw
+
+
+async def test_a_schema_is_kept_to(gateway: Gateway) -> None:
+    shape = {"type": "json_schema", "json_schema": {"name": "mail", "schema": MAIL}}
+    reply = await gateway.ask("Give JSON.", response_format=shape, **ASK)
+    assert json.loads(reply.choices[0].message.content or "")["to"] == "jane"
 
 
 async def test_a_question_is_helped_whole_and_streamed(gateway: Gateway) -> None:

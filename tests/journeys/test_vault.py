@@ -207,7 +207,8 @@ async def test_another_person_in_the_same_conversation_reads_nothing(
     upstream.script = Script(["[EMAIL_1] [EMAIL_2] [email 1]"])
     assert await told(sealed, "Repeat: [EMAIL_1]", headers=THREAD, **who) == "[EMAIL_1] [EMAIL_2] [email 1]"
     await told(sealed, f"Is it {BOB} or {ANN}?", headers=THREAD, **who)
-    assert shown(upstream)[-1] == "Is it [EMAIL_2] or [EMAIL_3]?"  # no number tells that one of them is known
+    # No number tells that one of them is known; somebody who is known has the literal of before on record.
+    assert shown(upstream)[-1] == ("Is it [EMAIL_2] or [EMAIL_3]?" if who else "Is it [EMAIL_1] or [EMAIL_2]?")
 
 
 @pytest.mark.parametrize("who", [PERSON, {}])

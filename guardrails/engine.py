@@ -79,9 +79,13 @@ def _stops(reader: Reader, findings: Iterable[Finding]) -> list[_Stop]:
     return [_Stop(finding.start, -rule.action, reader.order, rule) for finding in findings]
 
 
+def _place(one: Finding) -> tuple[int, int, str]:
+    return one.start, one.end, one.label
+
+
 def _hit(reader: Reader, before: int) -> Hit | None:
     """What this rule saw up to `before`, or None when it saw nothing and did not break."""
-    findings = tuple(sorted((f for f in reader.findings if f.start <= before), key=lambda f: (f.start, f.end)))
+    findings = tuple(sorted((f for f in reader.findings if f.start <= before), key=_place))
     if not findings and not reader.broken:
         return None
     action = reader.rule.if_broken if reader.broken else reader.rule.action
@@ -147,7 +151,8 @@ class Guard:
 
     async def finish(self, rest: str = "") -> tuple[str, Verdict]:
         """(the last piece of the text itself, the verdict): the text ends here, with `rest`."""
-        self._text, self._half = self._text + self._half + rest, ""
+        self._text += self._mended(rest) + self._half
+        self._half = ""
         piece = "" if self.stopped else self._advance(final=True)
         if self._sentences and not self.stopped:
             piece += await self.ask(final=True)

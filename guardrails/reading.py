@@ -18,6 +18,8 @@ LONG = 20_000
 """Characters from which on a text is read in a thread, within its rule's budget."""
 DISGUISED, DISGUISED_LEAST = 0.15, 5
 """The share, and the number, of characters that must look otherwise in a view before a model is shown it, too."""
+MANY = 100
+"""Findings in one text from which on they are not remembered."""
 SENTENCE_CHARACTERS, SENTENCE_MOST = 60, 600
 """How long a piece is that a rule with `every = "sentence"` is given: at least, and at most."""
 
@@ -82,7 +84,9 @@ class Remembered:
         return found
 
     def put(self, key: tuple[str, bytes], findings: Sequence[Finding]) -> None:
-        """Remembers what was found."""
+        """Remembers what was found, unless that is so much that many such texts would fill the memory."""
+        if len(findings) > MANY:
+            return
         self._kept[key] = tuple(findings)
         if len(self._kept) > self._most:
             self._kept.popitem(last=False)
@@ -187,7 +191,7 @@ def once(findings: Iterable[Finding]) -> list[Finding]:
         known = first.setdefault((one.label, one.start, one.end), one)
         if one.score > known.score:
             first[one.label, one.start, one.end] = one
-    return sorted(first.values(), key=lambda one: (one.start, one.end))
+    return sorted(first.values(), key=lambda one: (one.start, one.end, one.label))
 
 
 class Reader:

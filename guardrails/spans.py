@@ -35,6 +35,9 @@ BEFORE = 64
 
 SET_START = regex.compile(r"\^?\]?")
 """What a set may start with that does not end it."""
+LAZY = regex.compile(r"([*+?]|\{[0-9]*,?[0-9]*\})\?")
+ATOMIC = regex.compile(r"\(\?>|[*+?}]\+")
+"""What keeps what it took; so it counts there how much is taken first."""
 
 
 PRECISE = ("folded", "decoded")
@@ -49,8 +52,10 @@ def open_ended(pattern: str) -> str:
     r"""`pattern` with each word boundary also true at the end of the text, where more text could make it so.
 
     In a look-ahead, behind which no character is read, and in a negative look-around, where true means no, what the
-    end could change asks for one more character instead.
+    end could change asks for one more character instead. Lazy repeats are made greedy: what may match is the same, and
+    `regex` does not see that a lazy one before a look-behind may go on at the end of the text.
     """
+    greedy = not ATOMIC.search(pattern)
     out: list[str] = []
     groups: list[bool] = []  # of each open group: whether it stands in such a look-around
     in_class, i = False, 0
@@ -69,6 +74,8 @@ def open_ended(pattern: str) -> str:
             groups.append(asking or pattern.startswith(("(?=", "(?!", "(?<!"), i))
         elif sign == ")":
             del groups[-1:]
+        elif greedy and out[-1:] != ["("] and (lazy := LAZY.match(pattern, i)):
+            sign, size = lazy[1], len(lazy[0])
         elif sign in (r"\b", r"\B", r"\m", r"\M", r"\Z", "$"):
             sign = rf"(?:(?=(?s:.)){sign})" if asking else sign if sign in (r"\Z", "$") else rf"(?:{sign}|\Z)"
         out.append(sign)

@@ -27,16 +27,26 @@ def _readable(text: str) -> bool:
 
 def _text_of(raw: bytes) -> str | None:
     try:
-        text = raw.decode()
+        text = raw.decode("utf-16-le" if raw[1:2] == b"\0" else "utf-8")
     except UnicodeDecodeError:
         return None
     return text if _readable(text) or (text.isprintable() and _FOUND.fullmatch(text)) else None
 
 
 def _base64(code: str) -> str | None:
-    plain = code.rstrip("=").translate({45: "+", 95: "/"})
+    plain = regex.sub(r"\s+", "", code).rstrip("=").translate({45: "+", 95: "/"})
     plain = plain[: len(plain) - 1] if len(plain) % 4 == 1 else plain
-    return _text_of(base64.b64decode(plain + "=" * (-len(plain) % 4)))
+    text = _text_of(base64.b64decode(plain + "=" * (-len(plain) % 4)))
+    return _path(code) if text is None and "/" in code and not code.isspace() else text
+
+
+def _path(code: str) -> str | None:
+    """The parts of a path, of which one or more are base64."""
+    parts = code.split("/")
+    read = [_base64(part) if len(part) >= PART else None for part in parts]
+    return (
+        "/".join(part if text is None else text for part, text in zip(parts, read, strict=True)) if any(read) else None
+    )
 
 
 def _base32(code: str) -> str | None:
@@ -75,9 +85,16 @@ def _escapes(code: str) -> str | None:
         number = int(hexadecimal, 16) if hexadecimal else int(octal, 8)
         return chr(number) if number < 0x110000 else match[0]
 
-    return regex.sub(
+    read = regex.sub(
         r"\\{1,4}(?:[uUx]\{?([0-9a-fA-F]{2,8})\}?|N\{U\+([0-9a-fA-F]{2,6})\}|([0-7]{3})|([nrt/]))", sign, code
     )
+    return read.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")  # two halves are one character
+
+
+def _points(code: str) -> str | None:
+    numbers = [int(number, 16) for number in regex.findall(r"\+([0-9a-fA-F]+)", code)]
+    text = "".join(chr(number) for number in numbers if number < 0x110000)
+    return text if _readable(text) else None
 
 
 MORSE = dict(
@@ -129,7 +146,7 @@ def _backwards(code: str) -> str:
     return "".join(sign for sign in reversed(code) if sign not in BIDI)
 
 
-TAGS = r"(?:</?[a-zA-Z][^<>\n]{0,80}>|<!--[^<>\n]{0,80}-->){1,4}"
+TAGS = r"(?:</?[a-zA-Z][^<>\n]{0,80}>|<!--[^<>]{0,80}-->){1,4}"
 BREAKS = regex.compile(r"(?i)</?(?:br|p|div|li|t[dr]|h[1-6r]|[uo]l|table|section)\b")
 
 
@@ -148,22 +165,29 @@ class Code:
 
 
 WORD, HEX = r"[A-Za-z0-9+/_-]", "[0-9a-fA-F]"
+LINES = rf"{WORD}{{16,80}}(?:\r?\n[ \t]{{0,4}}{WORD}{{4,80}}){{1,200}}"
+PART = 16
+"""Characters from which on a part of a path may be a code by itself."""
 PAIR = f"(?:0x)?{HEX}{{2}}"
 ESCAPES = rf"(?:\\{{1,4}}(?:[uUx]\{{{HEX}{{1,6}}\}}|u{HEX}{{4}}|U{HEX}{{8}}|x{HEX}{{2}}|[0-7]{{3}}|[nrt/])){{1,99}}"
 CODES = (
     Code("bidi", r"[\u202e\u2067][^\u202a-\u202e\u2066-\u2069\n]{1,300}(?:[\u202c\u2069]|(?=\n)|\Z)", _backwards),
     Code("invisible", r"[\u202a-\u202e\u2066-\u2069]{1,200}", lambda code: ""),
-    Code("entity", r"(?:&(?:\#[0-9]{1,7}|\#[xX][0-9a-fA-F]{1,6}|[a-zA-Z]{2,8});?){1,500}", html.unescape),
-    Code("percent", r"(?:%[0-9a-fA-F]{2}){1,500}", lambda code: unquote(code, errors="replace")),
+    Code("entity", r"(?:&(?:amp;){0,4}(?:\#[0-9]{1,7}|\#[xX][0-9a-fA-F]{1,6}|[a-zA-Z]{2,8});?){1,500}", html.unescape),
+    Code("percent", r"(?:%26(?:%23|\#)[xX]?[0-9a-fA-F]{1,6}%3[bB]){1,500}", unquote),
+    Code("percent", r"(?:%(?:25){0,4}[0-9a-fA-F]{2}){1,500}", lambda code: unquote(code, errors="replace")),
     Code("escape", ESCAPES, _escapes),
     Code("markup", rf"(?<=\w){TAGS}|{TAGS}(?=\w)", _markup),
     Code("joined", r"""(?<=\w)(?:"\s?[+.&]{0,2}\s?"|'\s?[+.&]{0,2}\s?')(?=\w)""", lambda code: ""),
+    Code("hyphen", r"(?<=\p{L})-\r?\n[ \t]{0,4}(?=\p{Ll})", lambda code: ""),
+    Code("points", rf"[uU]\+{HEX}{{2,6}}(?:[ ,;]{{0,3}}[uU]\+{HEX}{{2,6}}){{2,500}}(?!{HEX})", _points),
     Code("binary", r"(?<![0-9])[01]{8}(?:\s?[01]{8}){2,500}(?![0-9])", _binary),
     Code("hex", r"(?<![0-9A-Za-z])(?:0x)?(?:[0-9a-fA-F]{2}){5,32000}(?![0-9A-Za-z])", _hex),
     Code("hex", rf"(?<![0-9A-Za-z])(?<!{HEX}{{2}}[ ,:-]){PAIR}(?:[ ,:-]{{1,2}}{PAIR}){{4,500}}(?![0-9A-Za-z])", _hex),
     Code("decimal", r"(?<![0-9])(?<![0-9]{2}[ ,])[0-9]{2,3}(?:[ ,]{1,2}[0-9]{2,3}){4,2000}(?![0-9])", _decimal),
     Code("morse", r"(?<!\S)[.·•–−-]{1,6}(?:(?: {1,3}| ?[/|] ?)[.·•–−-]{1,6}){3,300}(?!\S)", _morse),
-    Code("base32", r"(?<![A-Za-z0-9])[A-Z2-7]{16,2000}={0,6}(?![A-Za-z0-9+/=_-])", _base32),
+    Code("base32", r"(?<![A-Za-z0-9])(?:[A-Z2-7]{16,2000}|[a-z2-7]{16,2000})={0,6}(?![A-Za-z0-9+/=_-])", _base32),
+    Code("base64", rf"(?<!{WORD}){LINES}={{0,2}}(?![A-Za-z0-9+/=_-])", _base64),
     Code("base64", rf"(?<!{WORD}){WORD}{{8,65000}}={{0,2}}(?![A-Za-z0-9+/=_-])", _base64),
 )  # fmt: skip
 _ANY = "|".join(f"(?:{code.pattern})" for code in CODES)
@@ -171,7 +195,7 @@ _FOUND = regex.compile(_ANY)
 _LIVE = regex.compile(f"(?:{_ANY})(?s:.)(?!)")
 _EACH = tuple((regex.compile(code.pattern), code.read) for code in CODES)
 _START = regex.compile(
-    rf"""[%&\\<"'\u202a-\u202e\u2066-\u2069]|(?<![0-9A-Za-z])[0-9]|(?<!\S)[.·•–−-]|(?<!{WORD}){WORD}{{8}}"""
+    rf"""[%&\\<"'\u202a-\u202e\u2066-\u2069]|(?<![0-9A-Za-z])[0-9]|(?<!\S)[.·•–−-]|(?<=\p{{L}})-\r?\n|[uU]\+{HEX}{{2}}|(?<!{WORD}){WORD}{{8}}"""
 )
 """What every code that says something starts with (hex for a readable text starts with a digit)."""
 _TAIL = regex.compile(rf"(?r){WORD}+")

@@ -25,6 +25,9 @@ LOOKALIKES: dict[str, str] = {
         # Latin letters that have no plain form by themselves
         "ıi ɩi ɑa ɡg ɢg ʜh ɪi ʟl ɴn ʀr ʏy ɐa ɔc ǝe ɟf ɥh ɾj ʞk ɯm ɹr ʇt ʌv ʍw ʎy ɓb ƈc ɗd ƒf ɠg ɦh ƙk ɱm ɲn ƥp ɋq ʂs "
         "ƭt ʋv ʐz ᴀa ʙb ᴄc ᴅd ᴇe ꜰf ᴊj ᴋk ᴍm ᴏo ᴘp ꜱs ᴛt ᴜu ᴠv ᴡw ᴢz ſs łl ŁL đd ĐD ħh ĦH ŧt ꓮA ꓰE ꓲI ꓳO "
+        "ⲁa ⲃb ⲉe ⲓi ⲕk ⲙm ⲛn ⲟo ⲣp ⲥc ⲧt ⲩy ⲭx ᎪA ᏴB ᏟC ᎠD ᎬE ᏀG ᎻH ᎫJ ᏦK ᏞL ᎷM ᏢP ᎡR ᏚS ᎢT ᏙV ᎳW ᏃZ "
+        # Braille
+        "⠁a ⠃b ⠉c ⠙d ⠑e ⠋f ⠛g ⠓h ⠊i ⠚j ⠅k ⠇l ⠍m ⠝n ⠕o ⠏p ⠟q ⠗r ⠎s ⠞t ⠥u ⠧v ⠺w ⠭x ⠽y ⠵z "
         # Signs that addresses and codes are written with
         "＠@ ．. ／/ ：: －- ＿_ ％% ＝= ＆& ＋+ ∕/ ⁄/ ‐- ‑- ‒- −-"
     )
@@ -36,6 +39,7 @@ NAMED = regex.compile(
     r"(?:NEGATIVE (?:CIRCLED|SQUARED)|REGIONAL INDICATOR SYMBOL|SQUARED|CIRCLED|PARENTHESIZED|TAG|(?:FULLWIDTH )?LATIN)"
     r"(?: LATIN)? (?:(?P<small>SMALL) )?(?:CAPITAL )?LETTER (?:SMALL CAPITAL )?(?P<letter>[A-Z])(?: WITH .*)?"
 )
+BRACKETED = regex.compile(r"\([A-Za-z]\)")
 BIDI = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 INVISIBLE = frozenset("\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180e\u3164\uffa0\ufeff\u2800")
 
@@ -58,7 +62,7 @@ def fold(sign: str) -> str | None:
         return " "
     plain = unicodedata.normalize("NFKC", sign)
     if plain != sign and any(one.isascii() and one.isalnum() for one in plain):
-        return plain
+        return plain[1] if category == "So" and BRACKETED.fullmatch(plain) else plain
     named = NAMED.fullmatch(unicodedata.name(sign, ""))
     return str(named["letter"]) if named and category == "So" else None
 

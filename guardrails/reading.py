@@ -16,6 +16,8 @@ from guardrails.views import View, Views, findings_home
 
 LONG = 20_000
 """Characters from which on a text is read in a thread, within its rule's budget."""
+BUSY = 2_000
+"""Characters from which on the views of a text are made in a thread, and other requests go on between its rules."""
 DISGUISED, DISGUISED_LEAST = 0.15, 5
 """The share, and the number, of characters that must look otherwise in a view before a model is shown it, too."""
 MANY = 100
@@ -55,11 +57,18 @@ class Seen:
     @property
     def views(self) -> list[View]:
         """The views that differ from the text; raises TimeoutError for a text that takes too long to make out."""
+        return list(self._made().different)
+
+    async def look(self) -> None:
+        """Makes the views of a text that is not short aside, so that other requests go on; raises as `views` does."""
+        await (asyncio.to_thread(self._made) if self._views is None else asyncio.sleep(0))
+
+    def _made(self) -> Views:
         if self._views is None:
             views = Views()
             views.grow(self.text, True)
             self._views = views
-        return list(self._views.different)
+        return self._views
 
     @property
     def digest(self) -> bytes:
@@ -119,6 +128,8 @@ async def _first(rule: Rule, seen: Seen, context: Context) -> Sequence[Finding]:
     known = REMEMBERED.get(key) if key else None
     if known is not None:
         return known
+    if rule.views and BUSY < len(seen.text) <= LONG:
+        await seen.look()
     if alone and len(seen.text) > LONG:
         findings = await _aside(rule, seen)
     elif alone:

@@ -210,6 +210,8 @@ class _Reader:
                     raise Unreadable(f"flags turned off at character {start}")
                 if set(kind[8]) - self.flags:
                     raise _Everywhere(kind[8])
+                if ("i" in kind[8] and not ignore_case) or ("s" in kind[8] and not dot_all):
+                    raise Unreadable(f"a flag that is turned off around it at character {start}")
                 return EMPTY
             ignore_case, dot_all = turned
         node = self._inside(ignore_case, dot_all)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import regex
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from guardrails import scanner
@@ -80,6 +80,7 @@ def test_a_pattern_that_matches_is_a_candidate(pattern: str, text: str) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 @settings(max_examples=1000, deadline=None)
 @given(st.lists(PATTERNS, min_size=1, max_size=3), TEXTS, st.sets(st.integers(1, 14)))
+@example(["(?-i:(?i)(?i)a)"], "A", set())
 def test_spans_find_in_any_pieces_what_each_finds_alone(patterns: list[str], text: str, cuts: set[int]) -> None:
     try:
         spans = [Span(str(i), pattern) for i, pattern in enumerate(patterns)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from bisect import insort
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from guardrails.arguments import Arguments
@@ -29,6 +29,8 @@ from guardrails.types import (
 
 JOINED_MESSAGES, JOINED_CHARACTERS = 16, 400
 """How many messages are joined, and how much of each: a longer one gives its beginning and its end."""
+SCRAP, SCRAPS = 20, 4
+"""Messages of up to so many characters are scraps, of which so many count as one; blank ones do not count."""
 SEAMS = ("", "  ")
 """What is put between messages that are joined; two spaces also part letters that are spaced (`guardrails.views`)."""
 
@@ -110,7 +112,7 @@ class Judging:
         await asyncio.gather(*(self._read(rule) for rule in due if rule.action is not Action.REDACT))
 
     async def _read(self, rule: Rule) -> None:
-        places = [i for i in in_scope(rule, self.messages) if i not in self.settled]
+        places = in_scope(rule, self.messages, self.settled)
         if rule.action is not Action.REDACT:
             places = [i for i in places if i >= self.trusted or i == self.asked]
         if _tier(rule) <= 0:
@@ -145,15 +147,14 @@ class Judging:
 
     async def _read_joined(self, rules: Sequence[Rule]) -> None:
         """Reads what the messages say together; only what stands across a seam, and ends in something new, counts."""
-        everyone = [i for i, one in enumerate(self.messages) if i not in self.settled and one.content.strip()]
+        everyone = [i for i, one in enumerate(self.messages) if i not in self.settled and one.content]
         users = [i for i in everyone if self.messages[i].role == "user"]
-        rows = [row[-JOINED_MESSAGES:] for row in ([users] if users == everyone else [users, everyone]) if len(row) > 1]
-        for row, seam in [(row, seam) for row in rows for seam in SEAMS]:
+        rows = [_latest(self.messages, row) for row in ([users] if users == everyone else [users, everyone])]
+        read = _joining(rules, rows, self.messages, self.settled)
+        for row, seam in [(row, seam) for row in read for seam in SEAMS]:
             joined, pieces = _pieces(self.messages, row, seam)
             seen = Seen(joined)
-            for rule in rules:
-                if not _may_join(rule, row, self.messages):
-                    continue
+            for rule in read[row].values():
                 findings, broken = await find(rule, seen, self.context)
                 if broken:
                     self._note(rule, row[-1], (), broken)
@@ -194,8 +195,11 @@ def _tier(rule: Rule) -> int:
     return int(getattr(rule.validator, "tier", 0 if streams(rule.validator) else 1))
 
 
-def in_scope(rule: Rule, messages: Sequence[Message]) -> list[int]:
-    """The places of the messages that a rule reads: those of its scope, the last `window` of them."""
+def in_scope(rule: Rule, messages: Sequence[Message], without: Collection[int] = ()) -> list[int]:
+    """The places of the messages that a rule reads: those of its scope, the last `window` of them.
+
+    without: the places of messages that the model does not see; they do not count.
+    """
     roles: dict[str, tuple[Role, ...]] = {
         "user": ("user",),
         "last_user": ("user",),
@@ -203,7 +207,8 @@ def in_scope(rule: Rule, messages: Sequence[Message]) -> list[int]:
         "tool": ("tool",),
     }
     wanted = roles.get(rule.scope)
-    places = [i for i, message in enumerate(messages) if wanted is None or message.role in wanted]
+    seen = ((i, message) for i, message in enumerate(messages) if i not in without)
+    places = [i for i, message in seen if wanted is None or message.role in wanted]
     last = 1 if rule.scope == "last_user" else rule.window
     return places[-last:] if last else places
 
@@ -221,6 +226,16 @@ class _Piece:
     at: int
 
 
+def _latest(messages: Sequence[Message], row: Sequence[int]) -> Sequence[int]:
+    """The last of these messages, as many as are joined."""
+    room = JOINED_MESSAGES * SCRAPS
+    for n, i in enumerate(reversed(row)):
+        room -= 0 if messages[i].content.isspace() else 1 if len(messages[i].content) <= SCRAP else SCRAPS
+        if room < 0:
+            return row[-n:]
+    return row
+
+
 def _pieces(messages: Sequence[Message], places: Sequence[int], seam: str) -> tuple[str, list[_Piece]]:
     """(the joined text, its pieces): short messages whole, of long ones both ends."""
     out, pieces, at = list[str](), list[_Piece](), 0
@@ -236,12 +251,24 @@ def _pieces(messages: Sequence[Message], places: Sequence[int], seam: str) -> tu
     return "".join(out), pieces
 
 
-def _may_join(rule: Rule, row: Sequence[int], messages: Sequence[Message]) -> bool:
-    """True for a rule that reads all these messages; what is redacted is not looked for in several people's words."""
-    if rule.action is Action.REDACT and any(messages[i].role != "user" for i in row):
-        return False
-    wide = replace(rule, scope="user") if rule.scope == "last_user" else rule
-    return set(in_scope(wide, messages)).issuperset(row)
+def _joining(
+    rules: Sequence[Rule], rows: Sequence[Sequence[int]], messages: Sequence[Message], without: Collection[int]
+) -> Mapping[tuple[int, ...], Mapping[str, Rule]]:
+    """The rules by name that read the messages of a row together: of each row a rule reads what is in its scope.
+
+    What is redacted is not looked for in several people's words.
+    """
+    out: dict[tuple[int, ...], dict[str, Rule]] = {}
+    for rule in rules:
+        if rule.scope in ("assistant", "tool"):
+            continue
+        wide = replace(rule, scope="user") if rule.scope == "last_user" else rule
+        scope = set(in_scope(wide, messages, without))
+        for row in (tuple(i for i in row if i in scope) for row in rows):
+            several = rule.action is not Action.REDACT or all(messages[i].role == "user" for i in row)
+            if len(row) > 1 and several:
+                out.setdefault(row, {})[rule.name] = rule
+    return out
 
 
 def _across(
@@ -276,15 +303,17 @@ def _part(one: Finding, piece: _Piece) -> tuple[int, Finding]:
 def _refused_before(rules: Sequence[Rule], messages: Sequence[Message]) -> set[int]:
     """The places of questions that were answered by a rule's own reply, and of those replies.
 
-    A person's answer may stand before the reply, and a ticket's number after it. A question that no rule could read
-    counts too: nothing is known about it.
+    A person's answer may stand before the reply, and a ticket's number after it, as paragraphs of their own. A question
+    that no rule could read counts too: nothing is known about it.
     """
-    replies = [BROKEN_REPLY, *(rule.reply for rule in rules if rule.action.stops and rule.reply)]
+    replies = [BROKEN_REPLY, *(rule.reply.strip() for rule in rules if rule.action.stops and rule.reply.strip())]
+    paragraphs = [f"\n\n{reply}\n\n" for reply in replies]
     out: set[int] = set()
     for i in range(1, len(messages)):
         asked, answered = messages[i - 1], messages[i]
-        if asked.role == "user" and answered.role == "assistant":
-            out |= {i - 1, i} if any(reply in answered.content for reply in replies) else set()
+        if asked.role == "user" and answered.role == "assistant" and not isinstance(answered, ToolMessage):
+            said = f"\n\n{answered.content.strip()}\n\n"
+            out |= {i - 1, i} if any(paragraph in said for paragraph in paragraphs) else set()
     return out
 
 

@@ -37,16 +37,14 @@ def _base64(code: str) -> str | None:
     plain = regex.sub(r"\s+", "", code).rstrip("=").translate({45: "+", 95: "/"})
     plain = plain[: len(plain) - 1] if len(plain) % 4 == 1 else plain
     text = _text_of(base64.b64decode(plain + "=" * (-len(plain) % 4)))
-    return _path(code) if text is None and "/" in code and not code.isspace() else text
+    return _path(code) if text is None and "/" in code else text
 
 
 def _path(code: str) -> str | None:
-    """The parts of a path, of which one or more are base64."""
+    """A path of which one or more parts are base64, read; None where none is."""
     parts = code.split("/")
     read = [_base64(part) if len(part) >= PART else None for part in parts]
-    return (
-        "/".join(part if text is None else text for part, text in zip(parts, read, strict=True)) if any(read) else None
-    )
+    return "/".join(text or part for text, part in zip(read, parts, strict=True)) if any(read) else None
 
 
 def _base32(code: str) -> str | None:
@@ -165,7 +163,7 @@ class Code:
 
 
 WORD, HEX = r"[A-Za-z0-9+/_-]", "[0-9a-fA-F]"
-LINES = rf"{WORD}{{16,80}}(?:\r?\n[ \t]{{0,4}}{WORD}{{4,80}}){{1,200}}"
+LINES = rf"{WORD}{{16,80}}(?:\r?\n[ \t]{{0,4}}{WORD}{{4,80}}){{1,60}}"
 PART = 16
 """Characters from which on a part of a path may be a code by itself."""
 PAIR = f"(?:0x)?{HEX}{{2}}"

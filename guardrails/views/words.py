@@ -20,7 +20,7 @@ UNSURE = "1!|"
 SIGNS = regex.escape("".join([*LEET, *UNSURE]), special_only=False)
 BETWEEN = r"[^\p{L}\p{N}]{1,5}"
 SPACED = rf"(?<![\p{{L}}\p{{N}}])[\p{{L}}\p{{N}}@$](?:{BETWEEN}[\p{{L}}\p{{N}}@$!|]){{2,80}}(?![\p{{L}}\p{{N}}])"
-"""Single letters: `s a l a r y`, `s.a.l.a.r.y`, one a line; the commonest gap goes, another one is a space between words."""
+"""Single letters: `s a l a r y`, `s.a.l.a.r.y`, one a line; the commonest gap goes, others part words."""
 ODD = r"(?<![A-Za-z])(?=[A-Za-z]{0,40}[^A-Za-z\s])\S{1,200}"
 """A word that is not made of plain letters alone."""
 GAP = r"\s{2,100}|[^\S ]"

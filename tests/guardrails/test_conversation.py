@@ -51,12 +51,21 @@ async def test_a_rule_finds_a_phrase_wherever_it_is_placed(place: str) -> None:
         said(("system", "When I say x, think project"), ("user", "falcon x")),
         said(("user", "first cHJvamVj"), ("assistant", "?"), ("user", "dCBmYWxjb24= now")),
         said(("user", "x" * 3000 + " project"), ("user", "falcon " + "y" * 3000)),
+        said(*(("user", letter) for letter in "Please tell me about project falcon")),
+        said(("user", "project"), *(("user", " "),) * 99, ("user", "falcon")),
     ],
 )
 async def test_what_is_split_over_turns_is_joined(turns: tuple[Message, ...]) -> None:
     found = await verdict(FALCON, turns)
     assert found.action is Action.REFUSE
     assert len({hit.message for hit in found.hits}) >= 2
+
+
+@pytest.mark.parametrize(("scope", "window", "found"), [("user", 2, True), ("all", 3, True), ("all", 2, False)])
+async def test_a_rule_with_a_window_joins_the_messages_in_it(scope: Scope, window: int, found: bool) -> None:
+    turns = said(("user", "Hi"), ("user", "Let x be project"), ("assistant", "Yes."), ("user", "falcon. What is x?"))
+    rule = replace(FALCON, scope=scope, window=window)
+    assert (await verdict(rule, turns)).action is (Action.REFUSE if found else Action.ALLOW)
 
 
 @pytest.mark.parametrize(
@@ -280,3 +289,28 @@ async def test_a_question_is_judged_with_each_result_and_what_was_judged_before_
     assert (await judge_messages([FALCON], (*tooled('{"q":"project falcon"}'),), trusted=2))[0].action is Action.ALLOW
     answered = (*talk, Message("assistant", "No."), Message("user", "Thanks"))
     assert (await judge_messages([FALCON], answered, trusted=4))[0].action is Action.ALLOW
+
+
+@pytest.mark.parametrize(
+    ("reply", "seen"),
+    [
+        ("No.", ["Go on."]),
+        ("A person answered.\n\nNo.\n\nYour reference is esc_1.", ["Go on."]),
+        ("Nobody knows. No. Really.", ["Hi", "Nobody knows. No. Really.", "Go on."]),
+    ],
+)
+async def test_only_a_reply_that_is_a_rule_s_own_takes_a_question_out(reply: str, seen: list[str]) -> None:
+    turns = said(("user", "Hi"), ("assistant", reply), ("user", "Go on."))
+    assert [message.content for message in (await judge_messages([FALCON], turns))[1]] == seen
+
+
+async def test_a_call_that_quotes_a_rule_s_reply_is_kept() -> None:
+    call = ToolMessage("assistant", "No.", "call_1", "say")
+    turns = (*said(("user", "Hi")), call, ToolMessage("tool", "done", "call_1", ""), *said(("user", "Go on.")))
+    assert (await judge_messages([FALCON], turns))[1] == turns
+
+
+async def test_questions_that_are_taken_out_do_not_fill_a_window() -> None:
+    pairs = said(*(("user", "Hm"), ("assistant", "No.")) * 3)
+    turns = (*said(("user", "Tell me of project falcon")), *pairs, *said(("user", "Go on.")))
+    assert (await verdict(replace(FALCON, scope="user", window=2), turns)).action is Action.REFUSE

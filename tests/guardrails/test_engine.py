@@ -197,6 +197,31 @@ def test_a_pattern_that_cannot_be_judged_exactly_is_refused(pattern: str) -> Non
 def test_word_boundaries_stay_open_at_the_end() -> None:
     assert open_ended(r"\bfoo[\b]\\b") == r"(?:\b|\Z)foo[\b]\\b"
     assert open_ended(r"a(?!b[]$]\b)[^]x]$") == r"a(?!b[]$](?:(?=(?s:.))\b))[^]x]$"
+    assert open_ended(r"a(?= b\b)") == r"a(?= b(?:(?=(?s:.))\b))"
+    assert open_ended(r"a{2,3}?b*?(c)??[+?]\??(?:d)") == r"a{2,3}b*(c)?[+?]\??(?:d)"
+    assert open_ended(r"(?>a+?b)") == r"(?>a+?b)"
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pieces"),
+    [
+        (r"cut(?= so\b)", ["cut so", "mewhere"]),
+        (r"cut(?= so\b)", ["cut so", " it ends"]),
+        (r"cut(?= so\B)", ["cut so", "mewhere"]),
+        (r"cut(?= so$)", ["cut so", "mewhere"]),
+        (r"cut(?=\s(?:so|now)\b)", ["cut now", "here"]),
+        (r"[\w-]{3,9}?(?<![^\s-]{1,3}.) ", ["b-b", "-bAb", "-", "b x"]),
+    ],
+)
+async def test_what_follows_a_match_is_waited_for(pattern: str, pieces: list[str]) -> None:
+    rule = Rule("r", spans("r", pattern), Action.REFUSE, "No.", views=False)
+    whole = await judge([rule], "".join(pieces))
+    assert await run([rule], pieces) == (whole.streamed, whole)
+
+
+async def test_halves_of_a_character_in_one_piece_are_one() -> None:
+    bird = Rule("bird", spans("bird", "🦅"), Action.REDACT)
+    assert (await judge([bird], "a \ud83e\udd85 b")).text == "a [BIRD] b"
 
 
 def said_by(role: str, content: str) -> Message:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 import pytest
@@ -9,7 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guardrails.engine import Guard, judge, stream
-from guardrails.reading import SENTENCE_CHARACTERS, SENTENCE_MOST, Reader, Remembered, once, sentence_end
+from guardrails.reading import (
+    MANY,
+    SENTENCE_CHARACTERS,
+    SENTENCE_MOST,
+    Reader,
+    Remembered,
+    Seen,
+    find,
+    once,
+    sentence_end,
+)
 from guardrails.spans import Span, Spans
 from guardrails.types import BROKEN_REPLY, Action, Context, Finding, Rule, Verdict
 
@@ -144,6 +155,33 @@ def test_the_oldest_findings_are_forgotten_first() -> None:
         kept.put((name, b""), [Finding(name, 0, 1)])
         kept.get(("a", b""))
     assert [bool(kept.get((name, b""))) for name in "abc"] == [True, False, True]
+
+
+def test_a_great_many_findings_are_not_remembered() -> None:
+    kept = Remembered()
+    kept.put(("few", b""), [Finding("a", 0, 1)] * MANY)
+    kept.put(("many", b""), [Finding("a", 0, 1)] * (MANY + 1))
+    assert kept.get(("few", b"")) and kept.get(("many", b"")) is None
+
+
+def test_findings_at_one_place_have_one_order() -> None:
+    found = [Finding("b", 3, 5), Finding("a", 3, 5)]
+    assert once(found) == once(found[::-1]) == found[::-1]
+
+
+async def test_the_views_of_a_text_that_is_not_short_are_made_aside() -> None:
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    beside = asyncio.create_task(others())
+    found, broken = await find(EMAIL, Seen("6a " * 3000 + "ann @example.com"), Context())
+    beside.cancel()
+    assert (found, broken) == ([], "") and turns > 2
 
 
 async def test_halves_of_a_character_that_come_apart_are_one_again() -> None:

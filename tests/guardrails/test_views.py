@@ -186,3 +186,37 @@ def test_a_view_maps_what_was_made_of_several_characters_to_all_of_them() -> Non
     assert view.text == "ab&cd"
     assert [view.origin(i, i + 1) for i in range(5)] == [(0, 1), (1, 2), (2, 7), (7, 8), (8, 9)]
     assert view.origin(1, 4) == (1, 8) and view.home(2) == 2 and view.home(5) == 9
+
+
+BRAILLE = str.maketrans("abcefjlnoprt", "⠁⠃⠉⠑⠋⠚⠇⠝⠕⠏⠗⠞")
+COPTIC = str.maketrans("acenopt", "ⲁⲥⲉⲛⲟⲣⲧ")
+LINE = f"All that I would like to read is {PHRASE}, and its budget."
+WIDE = base64.b64encode(LINE.encode("utf-16-le")).decode()
+CODE = base64.b64encode(LINE.encode()).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\n".join(PHRASE),
+        "\n\n".join("\n".join(word) for word in PHRASE.split()),
+        "\t".join(PHRASE.replace(" ", "  ")),
+        "→".join(PHRASE),
+        "pro-\nject falcon",
+        "pro<!-- one\ntwo -->ject falcon",
+        "".join(f"%25{sign:02X}" for sign in PHRASE.encode()),
+        "".join(f"%26%23{sign}%3B" for sign in PHRASE.encode()),
+        "".join(f"&amp;#{sign};" for sign in PHRASE.encode()),
+        " ".join(f"U+{sign:04X}" for sign in PHRASE.encode()),
+        "".join(f"\\ud835\\u{0xDC1A + ord(sign) - 97:04x}" if sign != " " else sign for sign in PHRASE),
+        "".join(chr(0x249C + ord(sign) - 97) if sign != " " else sign for sign in PHRASE),
+        PHRASE.translate(BRAILLE),
+        PHRASE.translate(COPTIC),
+        base64.b32encode(PHRASE.encode()).decode().lower(),
+        "\n".join(CODE[i : i + 20] for i in range(0, len(CODE), 20)),
+        f"https://a.example/read/{CODE.rstrip('=')}/now",
+        WIDE,
+    ],
+)
+async def test_further_disguises_are_read(text: str) -> None:
+    assert (await judge([RULE], framed(text))).action is Action.REDACT

@@ -118,7 +118,7 @@ async def _judged(service: Service, policy: Policy, turn: Turn, thread: Thread) 
         turn.history, turn.asked = kept[:-1], kept[-1].content
     else:
         turn.history = kept
-    turn.input = replace(verdict, hits=_placed(verdict.hits, thread.messages))
+    turn.input = replace(verdict, hits=_placed(verdict.hits, asked.judging))
     new = [message.content for message in turn.results] or [turn.asked]
     raw = [await _hidden(asked.vault, one.content, everywhere=True) for one in thread.messages[-len(new) :]]
     turn.withheld_asked = "\n\n".join(raw) if raw != new else ""
@@ -134,12 +134,16 @@ def _definitions(messages: Sequence[Message]) -> list[ToolMessage]:
     return [one for one in messages if isinstance(one, ToolMessage) and _defines(one)]
 
 
-def _placed(hits: Sequence[Hit], messages: Sequence[Message]) -> tuple[Hit, ...]:
-    """The hits with their places in the conversation that is kept, which has no definitions: those are at -1."""
+def _placed(hits: Sequence[Hit], judging: Judging) -> tuple[Hit, ...]:
+    """The hits with their places in the conversation that is kept; -1 for what is not in it.
+
+    Definitions are not, nor are questions that were taken out together with a rule's reply.
+    """
     places, place = {-1: -1}, 0
-    for i, message in enumerate(messages):
-        places[i] = -1 if _defines(message) else place
-        place += not _defines(message)
+    for i, message in enumerate(judging.messages):
+        kept = not _defines(message) and i not in judging.settled
+        places[i] = place if kept else -1
+        place += kept
     return tuple(replace(hit, message=places[hit.message]) for hit in hits)
 
 
@@ -174,7 +178,7 @@ async def _judged_on(service: Service, turn: Turn, judging: Judging) -> Verdict:
     began = time.perf_counter()
     verdict, _ = await judging.finish()
     service.metrics.guard.labels("input").observe(time.perf_counter() - began)
-    before, hits = turn.input.hits if turn.input else (), _placed(verdict.hits, judging.messages)
+    before, hits = turn.input.hits if turn.input else (), _placed(verdict.hits, judging)
     turn.input = replace(verdict, hits=tuple(dict.fromkeys((*before, *hits))))
     return turn.input
 

@@ -244,11 +244,16 @@ def _pieces(messages: Sequence[Message], places: Sequence[int], seam: str) -> tu
         cuts = [0] if len(text) <= JOINED_CHARACTERS else [0, len(text) - half]
         for cut in cuts:
             shown = text[cut:] if cut or len(cuts) == 1 else text[:half]
-            gap = "\n\n\n" if cut else seam if n else ""
+            gap = "\n\n\n" if cut else _gap(seam, out) if n else ""
             pieces.append(_Piece(i, cut, shown, at + len(gap)))
             out += (gap, shown)
             at += len(gap) + len(shown)
     return "".join(out), pieces
+
+
+def _gap(seam: str, before: Sequence[str]) -> str:
+    """The seam; a line end in place of nothing behind a message that ends its sentence."""
+    return seam or ("\n" if before and before[-1].rstrip()[-1:] in tuple("?!.") else "")
 
 
 def _joining(

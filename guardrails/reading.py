@@ -124,7 +124,8 @@ async def _found(rule: Rule, seen: Seen, context: Context) -> list[Finding]:
 async def _first(rule: Rule, seen: Seen, context: Context) -> Sequence[Finding]:
     """What the rule's own validator finds; for one that reads the text alone, what it found before."""
     alone = streams(rule.validator)
-    key = (f"{rule.key}{rule.views}", seen.digest) if rule.key and alone else None
+    kept = rule.key and alone and not getattr(rule.validator, "contextual", False)
+    key = (f"{rule.key}{rule.views}", seen.digest) if kept else None
     known = REMEMBERED.get(key) if key else None
     if known is not None:
         return known

@@ -38,6 +38,7 @@ SET_START = regex.compile(r"\^?\]?")
 LAZY = regex.compile(r"([*+?]|\{[0-9]*,?[0-9]*\})\?")
 ATOMIC = regex.compile(r"\(\?>|[*+?}]\+")
 """What keeps what it took; so it counts there how much is taken first."""
+BEHIND = regex.compile(r"\(\?<[=!]")
 
 
 PRECISE = ("folded", "decoded")
@@ -106,6 +107,11 @@ class Span:
             raise PatternError(f"not a valid regular expression: {error}") from None
         if any(not match.group() for match in self._pattern.finditer("a b\n1")):
             raise PatternError("the pattern matches the empty text, so it would fire everywhere")
+        if ATOMIC.search(pattern) and LAZY.search(pattern) and BEHIND.search(pattern):
+            raise PatternError(
+                "a lazy repeat, a look-behind and an atomic group or possessive repeat in one pattern cannot be judged "
+                "in a stream: write the repeat without its `?`"
+            )
         self.label, self.pattern, self.accept, self.score, self.group = label, pattern, accept, score, group
 
     @property

@@ -194,7 +194,7 @@ async def test_a_second_opinion_that_breaks_breaks_the_rule() -> None:
 
 async def test_what_was_found_before_is_remembered_by_rule_and_text() -> None:
     class Counted(Spans):
-        asked = 0
+        asked, contextual = 0, False
 
         async def find(self, text: str, context: Context) -> Sequence[Finding]:
             Counted.asked += 1
@@ -207,6 +207,9 @@ async def test_what_was_found_before_is_remembered_by_rule_and_text() -> None:
     assert (await verdict(rule, said(("user", "another sparrow")))).action is Action.ALLOW
     assert (await verdict(replace(rule, key="of another rule"), said(("user", "a falcon, remembered")))).action.stops
     assert Counted.asked == 3
+    Counted.contextual = True
+    await verdict(rule, said(("user", "a falcon, remembered")))
+    assert Counted.asked == 4
 
 
 async def test_a_model_is_shown_a_disguised_text_as_it_reads_plainly_too() -> None:

@@ -188,7 +188,7 @@ async def test_any_pattern_reads_a_stream_as_it_reads_the_whole(pattern: str, te
     assert (await run(rules, list(text))) == (whole.streamed, whole)
 
 
-@pytest.mark.parametrize("pattern", ["a*", "(", "(?=b)", "a?"])
+@pytest.mark.parametrize("pattern", ["a*", "(", "(?=b)", "a?", r"a+?(?<=a)(?>b)", r"x{1,3}?b++(?<!c)"])
 def test_a_pattern_that_cannot_be_judged_exactly_is_refused(pattern: str) -> None:
     with pytest.raises(PatternError):
         Span("x", pattern)

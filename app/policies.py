@@ -10,10 +10,9 @@ import logging
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from app.errors import ApiError, unavailable
-from app.guard_models import GuardModels
 from app.logs import event
 from app.metrics import Metrics
 from app.records import PolicyVersion
@@ -21,6 +20,9 @@ from app.store import NotFound, Store, StoreDown
 from guardrails.check import Report, check
 from guardrails.policy import Library, PolicyError, Problem, Resolved, Source, resolve
 from guardrails.types import Grader, Judge, Message, Policy, Question, Token
+
+if TYPE_CHECKING:  # the command line imports this module, and has no use for an HTTP client
+    from app.guard_models import GuardModels
 
 T = TypeVar("T")
 WRONG = "correct the example, or the rule, in the policy that extends"

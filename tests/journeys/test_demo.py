@@ -71,7 +71,7 @@ async def test_the_tour_shows_every_verdict_and_ends_well(tmp_path: Path) -> Non
         assert len(upstream.seen) == len(TOUR)
     assert "saw       My card [CARD] was charged" in out
     assert "(HMAC-SHA256, verified)" in out
-    assert "11 steps, each as it should be" in out
+    assert "12 steps, each as it should be" in out
     assert "jane.miller@example.com" not in re.sub(r"(?m)^  asked .*$", "", out)
     pairs = [json.loads(line) for line in (tmp_path / "demo" / "export" / "pairs.jsonl").read_text().splitlines()]
     assert [pair["source"] for pair in pairs] == ["correction"]
@@ -136,6 +136,6 @@ async def test_the_tour_goes_as_it_should_with_the_real_model(tmp_path: Path, mo
     began = time.monotonic()
     code, out = await demo(tmp_path, "--port", str(free_port()), "--exit", NEWEL_ENGINE__MODEL=str(model_dir))
     assert code == 0, out
-    assert "11 steps, each as it should be" in out
+    assert "12 steps, each as it should be" in out
     assert re.findall(r"^  verdict +(\w+)", out, re.MULTILINE) == VERDICTS
     assert time.monotonic() - began < 600

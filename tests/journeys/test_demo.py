@@ -27,7 +27,7 @@ TOUR = (
 )
 TOUR += (("That depends on your contract.",), ("Bring what you wrote down.",))
 
-VERDICTS = ["allow", "refuse", "redact", "redact", "append", "escalate", "allow"]
+VERDICTS = ["allow", "refuse", "refuse", "redact", "redact", "append", "escalate", "allow"]
 
 
 def engine() -> FakeUpstream:
@@ -99,7 +99,7 @@ async def test_a_verdict_that_is_not_as_it_should_be_ends_the_demo_with_the_reas
         upstream.queue[3] = Script(("You could just kill yourself.",))
         code, out = await before(upstream, tmp_path)
     assert (code, "Traceback" in out) == (1, False)
-    assert "newel: step 5 of the tour" in out
+    assert "newel: step 6 of the tour" in out
     assert "the verdict should be append, and is refuse" in out
 
 

@@ -70,14 +70,18 @@ def main() -> None:
             held = read(policy, parts)[1]
             row = f"{seconds / len(parts) * 1e6:9.1f} {bare / len(parts) * 1e6:6.2f}"
             print(f"{name:<8} {len(parts):>4} tok {row} {statistics.mean(held):10.1f} {max(held):9d}")
-    print(f"\n{'policy':<8} {'question':>10} {'us':>9}")
+    print(f"\n{'policy':<8} {'question':>10} {'us':>9} {'without heads':>14}")
     for name in ("base", "hr"):
         policy = load(name)
+        alone = [rule for rule in policy.input if hasattr(rule.validator, "readings")]
         for length in (200, 1000, 4000):
             text = (QUESTION * (length // len(QUESTION) + 1))[:length]
-            asked = (Message("user", f"{n} {text}") for n in count())  # what was read before is remembered
-            seconds = cpu(lambda: asyncio.run(judge_messages(policy.input, [next(asked)])))  # noqa: B023 called at once
-            print(f"{name:<8} {length:>5} char {seconds * 1e6:9.0f}")
+            fresh = (Message("user", f"{name} {n} {text}") for n in count())  # what was read before is remembered
+            row = [
+                cpu(lambda: asyncio.run(judge_messages(rules, [next(fresh)])))  # noqa: B023 called at once
+                for rules in (policy.input, alone)
+            ]
+            print(f"{name:<8} {length:>5} char {row[0] * 1e6:9.0f} {row[1] * 1e6:14.0f}")
 
 
 if __name__ == "__main__":

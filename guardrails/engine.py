@@ -143,7 +143,7 @@ class Guard:
 
     async def ask(self, final: bool = False) -> str:
         """What may be released now that the rules that read sentences have been asked about the complete ones."""
-        asked = [(reader, reader.pieces(self._text, final)) for reader in self._sentences if not reader.broken]
+        asked = [(reader, reader.pieces(self._text, final)) for reader in self._sentences]
         results = await asyncio.gather(*(reader.ask(self._text, pieces, self._context) for reader, pieces in asked))
         for (reader, _), findings in zip(asked, results, strict=True):
             self._note(reader, findings)

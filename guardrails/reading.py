@@ -275,9 +275,12 @@ class Reader:
         return new
 
     def pieces(self, text: str, final: bool) -> list[tuple[int, int]]:
-        """The new sentences of a text, certain by now, that a rule with `every = "sentence"` is to be asked about."""
-        start, pieces = self._asked, []
-        while (end := sentence_end(text, start, final)) > start:
+        """The new sentences of a text, certain by now, that a rule with `every = "sentence"` is to be asked about.
+
+        None for a rule that broke: whoever asks until there are none would never end.
+        """
+        start, pieces = self._asked, list[tuple[int, int]]()
+        while not self.broken and (end := sentence_end(text, start, final)) > start:
             pieces.append((start, end))
             start = end
         return pieces

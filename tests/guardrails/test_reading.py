@@ -22,7 +22,7 @@ from guardrails.reading import (
     sentence_end,
 )
 from guardrails.spans import Span, Spans
-from guardrails.types import BROKEN_REPLY, Action, Context, Finding, Rule, Verdict
+from guardrails.types import BROKEN_REPLY, Action, Context, Finding, Mode, Rule, Verdict
 
 LONG = "This is an ordinary sentence of some length, which says nothing much at all. "
 HARM = "Here is a zebra sentence that somebody should really not be shown by anybody. "
@@ -203,3 +203,19 @@ def test_a_reader_says_once_what_it_found() -> None:
 async def test_a_rule_whose_readings_take_longer_than_its_budget_is_broken() -> None:
     verdict = await judge([Rule("slow", EMAIL.validator, Action.REDACT, budget=1e-9)], "Hello there.")
     assert (verdict.action, verdict.hits[0].broken) == (Action.REFUSE, "TimeoutError")
+
+
+@pytest.mark.parametrize("mode", ["enforce", "shadow"])
+async def test_a_broken_rule_that_lets_pass_is_not_asked_again(mode: Mode) -> None:
+    class Broken:
+        async def find(self, text: str, context: Context) -> Sequence[Finding]:
+            raise OSError
+
+    rules = [Rule("b", Broken(), Action.REFUSE, "No.", mode=mode, if_broken=Action.ALLOW, every="sentence")]
+    guard = Guard(rules)
+    guard.feed(LONG + LONG + "and")
+    assert guard.asking
+    await guard.ask()
+    assert not guard.asking
+    last, verdict = await guard.finish()
+    assert (verdict.action, verdict.text, verdict.hits[0].broken) == (Action.ALLOW, LONG + LONG + "and", "OSError")

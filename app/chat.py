@@ -66,18 +66,20 @@ async def answer(service: Service, tenant: Tenant, turn: Turn, request: ChatRequ
     await _begin(service, tenant, turn)
 
     reply = _Reply(service, policy, turn, asked, thread, request, started)
+    # What is made while the question is still judged is a reply of its own: until it passes, nothing of it was said.
+    draft = _Reply(service, policy, turn, asked, thread, request, started) if judging.waiting else reply
     try:
         if verdict.action.stops:
             last = await reply.stop(verdict)
         else:
             prompt = Prompt(_prompt(policy, asked, thread.news), request.sampling(_definitions(asked.seen)))
-            said: AsyncGenerator[Said | Verdict, None] = reply.generate(prompt)
-            if judging.waiting:
+            said: AsyncGenerator[Said | Verdict, None] = draft.generate(prompt)
+            if draft is not reply:
                 said = speculated(_judged_on(service, turn, judging), said)
             async with aclosing(said) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, Verdict):
-                        verdict = piece
+                        verdict, reply = piece, reply if piece.action.stops else draft
                     else:
                         yield piece
             last = await (reply.stop(verdict) if verdict.action.stops else reply.finish(verdict))

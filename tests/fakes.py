@@ -88,15 +88,15 @@ class FakeUpstream:
     """An OpenAI-compatible upstream that does what its scripts say and records what it is asked.
 
     A request takes the first of `queue`, else the script of its model in `models`, else `script`; all three may be
-    changed at any time. A grader's request (one token, with log-probabilities) takes no script: it is answered from
-    `yes`, P(yes) or a function of the request. `url` is what an OpenAI SDK takes as its base URL.
+    changed at any time. A grader's request (one token, with log-probabilities) takes no script: after `thinking`
+    seconds it is answered from `yes`, P(yes) or a function of the request. `url` is what an OpenAI SDK takes as its base URL.
     """
 
     def __init__(self, script: Script | None = None, yes: float | Callable[[Seen], float] = 0.0, port: int = 0):
         self.script = script or Script()
         self.models: dict[str, Script] = {}
         self.queue: deque[Script] = deque()
-        self.yes = yes
+        self.yes, self.thinking = yes, 0.0
         self.requests: list[Seen] = []
         self._closing = False
         app = web.Application(client_max_size=64 << 20)
@@ -144,6 +144,7 @@ class FakeUpstream:
         self.requests.append(seen)
         try:
             if seen.grader and "messages" in seen.body:
+                await _pause(self.thinking)
                 return web.json_response(_graded(seen, self.yes(seen) if callable(self.yes) else self.yes))
             script = self.queue.popleft() if self.queue else self.models.get(seen.body.get("model", ""), self.script)
             return await self._answer(request, seen, script)

@@ -217,5 +217,5 @@ async def test_a_broken_rule_that_lets_pass_is_not_asked_again(mode: Mode) -> No
     assert guard.asking
     await guard.ask()
     assert not guard.asking
-    last, verdict = await guard.finish()
+    _, verdict = await guard.finish()
     assert (verdict.action, verdict.text, verdict.hits[0].broken) == (Action.ALLOW, LONG + LONG + "and", "OSError")

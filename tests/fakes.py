@@ -89,7 +89,8 @@ class FakeUpstream:
 
     A request takes the first of `queue`, else the script of its model in `models`, else `script`; all three may be
     changed at any time. A grader's request (one token, with log-probabilities) takes no script: after `thinking`
-    seconds it is answered from `yes`, P(yes) or a function of the request. `url` is what an OpenAI SDK takes as its base URL.
+    seconds it is answered from `yes`, P(yes) or a function of the request. `url` is what an OpenAI SDK takes as its
+    base URL.
     """
 
     def __init__(self, script: Script | None = None, yes: float | Callable[[Seen], float] = 0.0, port: int = 0):

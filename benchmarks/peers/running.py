@@ -133,24 +133,3 @@ class Running:
         if self._home:
             self._home.cleanup()
         self._process = self._home = None
-
-
-@dataclass(frozen=True, slots=True)
-class System:
-    """A system that answers, and what it says of itself."""
-
-    running: Running
-    about: Json
-
-    @property
-    def name(self) -> str:
-        return self.running.peer.name
-
-    def variants(self, table: str) -> list[str]:
-        """The ways in which it takes part in a table."""
-        found: list[str] = self.about[table]
-        return found
-
-    def label(self, variant: str) -> str:
-        """What a row or a column is called."""
-        return f"{self.name}, {variant}" if variant else self.name

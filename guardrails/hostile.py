@@ -19,9 +19,9 @@ LENGTH, PARTS = 20_000, 50_000
 """How many characters a pattern may have, and how many parts once its counted repeats are written out."""
 TEXT = 2_000
 """Characters of a hostile text."""
-SECONDS = 0.25
-"""CPU time that one search through such a text may take: more than n squared steps need, less than n cubed."""
-PATIENCE = 0.5
+SECONDS = 0.75
+"""CPU time that one search through such a text may take. n squared steps take 0.1 to 0.35 s, n cubed above 10 s."""
+PATIENCE = 1.5
 """CPU time of the whole process after which a search is given up: `regex` counts that of the other threads, too."""
 BUDGET = 0.05
 """CPU time for all searches with a pattern that is not slow."""

@@ -36,7 +36,8 @@ async def put(connection: AsyncConnection, name: str, source: str, version: str,
 async def activate(connection: AsyncConnection, name: str, version: str, by: str) -> PolicyVersion:
     """The version, now the active one of its name; raises NotFound. Going back to an older one is a rollback."""
     table = tables.policies
-    rows = await connection.execute(select(*_PLAIN).where(table.c.name == name).with_for_update())
+    every = select(*_PLAIN).where(table.c.name == name).order_by(table.c.version)  # in one order, or two would deadlock
+    rows = await connection.execute(every.with_for_update())
     stored = {row["version"]: PolicyVersion(**row) for row in rows.mappings()}
     if version not in stored:
         raise NotFound(f"there is no version {version!r} of policy {name!r}: put it first")

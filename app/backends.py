@@ -1,90 +1,48 @@
-"""The engine as the gateway sees it: an OpenAI-compatible upstream, streamed over aiohttp.
+"""The client of an engine: any server that speaks OpenAI's chat completions, over aiohttp.
 
-Replies are always streamed from the engine, also for clients that do not stream: a stopped reply then ends the
-engine's work at once, and there is one road to test.
+A reply that the client wants whole is asked for whole, which costs a tenth of the CPU; one that is streamed ends the
+engine's work as soon as it is stopped.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import orjson
 
-from guardrails.answers import weighed
-from guardrails.guard_formats import ANSWER
+from app.frames import (
+    BackendError,
+    Delta,
+    events,
+    read_chunk,
+    read_completion,
+    tokens_of,
+    yes_probability,
+)
 from guardrails.types import Message, Token, ToolMessage
 
 T = TypeVar("T")
-Fault = Literal["unreachable", "busy", "rejected", "timeout", "broken"]
-MAX_CALLS = 128
-"""Tool calls in one reply."""
-MAX_EVENT = 4_194_304
-"""Bytes of one event; a token with its log-probabilities has some hundred."""
 DONE = b"[DONE]"
-
-
-class BackendError(Exception):
-    """The engine did not answer as it should.
-
-    unreachable: no connection; busy: it said so (503, 429); rejected: it refused the request (4xx, `code` and
-    message are its own); timeout; broken: the reply broke off or was no event stream. retry_after in seconds.
-    """
-
-    def __init__(self, fault: Fault, message: str, *, code: str = "", retry_after: int | None = None):
-        super().__init__(message)
-        self.fault, self.message, self.code, self.retry_after = fault, message, code, retry_after
+MAX_ANSWER = 67_108_864
+"""Bytes of a whole reply."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the engine is asked: messages as the policy lets it see them, and sampling parameters."""
+    """What the engine is asked: messages as the policy lets it see them, and sampling parameters.
+
+    headers: what tells the engine of the request that this is part of (its id, its trace).
+    """
 
     messages: tuple[Message, ...]
     sampling: Mapping[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class CallDelta:
-    """A piece of the tool call of this number: of its name, of its arguments."""
-
-    number: int
-    name: str = ""
-    arguments: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """A piece of a reply; the last ones carry the finish reason and the token counts."""
-
-    text: str = ""
-    finish_reason: str = ""
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    reasoning: str = ""
-    calls: tuple[CallDelta, ...] = ()
-
-    @property
-    def says(self) -> bool:
-        """True when the model has written something in it."""
-        return bool(self.text or self.reasoning or self.calls)
-
-
-class Backend(Protocol):
-    """The seam to whatever generates text."""
-
-    def stream(self, prompt: Prompt) -> AsyncGenerator[Delta, None]:
-        """The reply in pieces; raises BackendError; closing the generator cancels the engine's work."""
-        ...
-
-    async def probability(self, messages: Sequence[Message]) -> float:
-        """P(yes) for a yes/no question (see `guardrails.types.Grader`)."""
-        ...
+    headers: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +56,7 @@ class Timeouts:
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """Where the engine is now; read anew for each request, since a restarted engine has another port.
+    """Where an engine is now; read anew for each request, since a restarted engine has another port.
 
     without: sampling parameters that this engine must not be sent.
     """
@@ -110,16 +68,13 @@ class Upstream:
 
 
 class OpenAIBackend:
-    """A Backend over any server that speaks OpenAI's chat completions."""
+    """Asks engines, each as an Upstream. Errors are BackendError; those before the first item are safe to try again."""
 
-    def __init__(
-        self, session: aiohttp.ClientSession, upstream: Callable[[], Upstream], timeouts: Timeouts | None = None
-    ):
-        self._session, self._upstream = session, upstream
-        self._timeouts = timeouts or Timeouts()
+    def __init__(self, session: aiohttp.ClientSession, timeouts: Timeouts | None = None):
+        self._session, self._timeouts = session, timeouts or Timeouts()
 
-    async def stream(self, prompt: Prompt) -> AsyncGenerator[Delta, None]:
-        """The reply in pieces, in the order that the engine sends them.
+    async def stream(self, upstream: Upstream, prompt: Prompt) -> AsyncGenerator[Delta, None]:
+        """The reply in pieces, in the order that the engine sends them; closing it cancels the engine's work.
 
         Only waits for the engine are timed: a consumer may take as long as it likes for a piece.
         """
@@ -127,11 +82,11 @@ class OpenAIBackend:
         over = clock() + self._timeouts.total
         until, speaking = min(over, clock() + self._timeouts.first_token), False
         body = {"stream": True, "stream_options": {"include_usage": True}, **prompt.sampling}
-        async with self._asked(body, prompt.messages, until) as response:
+        async with self._asked(upstream, body, prompt, until) as response:
             finished = False
             async with aclosing(events(response.content.iter_any())) as source:
                 while (event := await _within(until, anext(source, DONE))) != DONE:
-                    delta = _delta(event)
+                    delta = read_chunk(event)
                     finished = finished or bool(delta.finish_reason)
                     speaking = speaking or delta.says
                     yield delta
@@ -140,23 +95,41 @@ class OpenAIBackend:
             if not finished:
                 raise BackendError("broken", "The engine broke off in the middle of its reply.")
 
-    async def probability(self, messages: Sequence[Message]) -> float:
+    async def complete(self, upstream: Upstream, prompt: Prompt) -> Delta:
+        """The whole reply in one piece; cancelling it cancels the engine's work."""
+        until = asyncio.get_running_loop().time() + self._timeouts.total
+        async with self._asked(upstream, prompt.sampling, prompt, until) as response:
+            reply = read_completion(await _within(until, _whole(response)))
+        if not reply.finish_reason:
+            raise BackendError("broken", "The engine sent a reply without a finish reason.")
+        return reply
+
+    async def probability(self, upstream: Upstream, messages: Sequence[Message]) -> float:
         """P(yes) / (P(yes) + P(no)) from the log-probabilities of the first token; raises BackendError, ValueError."""
         until = asyncio.get_running_loop().time() + self._timeouts.first_token
         body = {"max_tokens": 1, "temperature": 0, "logprobs": True, "top_logprobs": 20}
-        async with self._asked(body, messages, until) as response:
+        async with self._asked(upstream, body, Prompt(tuple(messages), body), until) as response:
             return yes_probability(tokens_of(orjson.loads(await _within(until, response.read()))))
 
-    @asynccontextmanager
-    async def _asked(
-        self, body: Mapping[str, Any], messages: Sequence[Message], until: float
-    ) -> AsyncIterator[aiohttp.ClientResponse]:
+    def _asked(
+        self, upstream: Upstream, body: Mapping[str, Any], prompt: Prompt, until: float
+    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """The engine's answer to a request, status 200, and its failures as BackendError; hangs up at the end."""
-        upstream = self._upstream()
         told = {name: value for name, value in body.items() if name not in upstream.without}
-        told |= {"model": upstream.model, "messages": written(messages)}
-        async with posted(self._session, upstream, "chat/completions", told, until) as response:
-            yield response
+        told |= {"model": upstream.model, "messages": written(prompt.messages)}
+        return posted(self._session, upstream, "chat/completions", told, until, prompt.headers)
+
+
+@dataclass(frozen=True, slots=True)
+class OneEngine:
+    """One engine with its client, for who asks no other: a Grader (`guardrails.types.Grader`)."""
+
+    backend: OpenAIBackend
+    upstream: Upstream
+
+    async def probability(self, messages: Sequence[Message]) -> float:
+        """P(yes) for a yes/no question; raises BackendError, ValueError."""
+        return await self.backend.probability(self.upstream, messages)
 
 
 def written(messages: Sequence[Message]) -> list[dict[str, Any]]:
@@ -186,10 +159,15 @@ def _valid(arguments: str) -> str:
 
 @asynccontextmanager
 async def posted(
-    session: aiohttp.ClientSession, upstream: Upstream, path: str, body: Mapping[str, Any], until: float
+    session: aiohttp.ClientSession,
+    upstream: Upstream,
+    path: str,
+    body: Mapping[str, Any],
+    until: float,
+    more_headers: Mapping[str, str] | None = None,
 ) -> AsyncIterator[aiohttp.ClientResponse]:
     """An engine's answer to a request, status 200, and its failures as BackendError; hangs up at the end."""
-    headers = {"content-type": "application/json"}
+    headers = {"content-type": "application/json", **(more_headers or {})}
     if upstream.api_key:
         headers["authorization"] = f"Bearer {upstream.api_key}"
     url = f"{upstream.url.rstrip('/')}/{path}"
@@ -217,74 +195,19 @@ async def answered(
         return tokens_of(orjson.loads(await _within(until, response.read())))
 
 
-async def events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:
-    """The data of each server-sent event, for any split of the bytes (WHATWG HTML, section 9.2.6).
-
-    Comments and other fields are skipped, data lines are joined by newlines, CR, LF and CRLF end a line. Raises
-    BackendError when one event grows beyond MAX_EVENT bytes. An event that the stream cuts off is dropped.
-    """
-    rest, after_cr = b"", False
-    data: list[bytes] = []
-    size = 0
-    async for chunk in chunks:
-        text = chunk.removeprefix(b"\n") if after_cr else chunk  # the second half of a CRLF
-        after_cr = chunk.endswith(b"\r") or (after_cr and not chunk)
-        *lines, rest = (rest + text).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        for line in lines:
-            size += len(line)
-            name, _, value = line.partition(b":")
-            if name == b"data":
-                data.append(value.removeprefix(b" "))
-            elif not line:
-                if data:
-                    yield b"\n".join(data)
-                data, size = [], 0
-        if size + len(rest) > MAX_EVENT:
-            raise BackendError("broken", "The engine sent an event without an end.")
+async def _whole(response: aiohttp.ClientResponse) -> bytes:
+    body = bytearray()
+    while piece := await response.content.readany():
+        body += piece
+        if len(body) > MAX_ANSWER:
+            raise BackendError("broken", "The engine sent an answer without an end.")
+    return bytes(body)
 
 
 async def _within(until: float, work: Awaitable[T]) -> T:
     """What `work` returns, by the time `until` of the loop's clock; raises TimeoutError."""
     async with asyncio.timeout_at(until):
         return await work
-
-
-def _delta(event: bytes) -> Delta:
-    try:
-        frame = orjson.loads(event)
-        if error := frame.get("error"):
-            raise _error_frame(error)
-        usage = frame.get("usage") or {}
-        choice = (frame.get("choices") or [{}])[0]
-        delta = choice.get("delta") or {}
-        return Delta(
-            str(delta.get("content") or ""),
-            str(choice.get("finish_reason") or ""),
-            int(usage.get("prompt_tokens") or 0),
-            int(usage.get("completion_tokens") or 0),
-            str(delta.get("reasoning_content") or delta.get("reasoning") or ""),
-            tuple(_call(place, call) for place, call in enumerate(delta.get("tool_calls") or ())),
-        )
-    except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError, ValueError):
-        raise BackendError("broken", "The engine sent an event that is no chunk of a chat completion.") from None
-
-
-def _call(place: int, call: Any) -> CallDelta:
-    number, function = call.get("index"), call.get("function") or {}
-    number = place if number is None else int(number)
-    if not 0 <= number < MAX_CALLS:
-        raise ValueError
-    arguments = function.get("arguments") or ""
-    written = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
-    return CallDelta(number, str(function.get("name") or ""), written)
-
-
-def _error_frame(error: Any) -> BackendError:
-    """An error that came inside a 200 (vLLM does so when it is overloaded)."""
-    code = error.get("code") if isinstance(error, dict) else None
-    if code in (429, 503):
-        return BackendError("busy", "The engine is busy.", retry_after=2)
-    return BackendError("broken", "The engine reported an error in the middle of its reply.")
 
 
 def _refusal(response: aiohttp.ClientResponse, body: bytes) -> BackendError:
@@ -308,30 +231,3 @@ def _told(body: bytes) -> tuple[str, str]:
         return "The engine refused the request.", "invalid_value"
     too_long = "context length" in message or "maximum context" in message
     return message, "context_length_exceeded" if too_long else code if not code.isdecimal() else "invalid_value"
-
-
-def tokens_of(completion: Any) -> list[Token]:
-    """The tokens of a completion or chat completion with their alternatives; raises ValueError where there are none."""
-    try:
-        logprobs = completion["choices"][0]["logprobs"]
-        if "content" in logprobs:
-            return [
-                Token(str(one["token"]), tuple((str(other["token"]), float(other["logprob"])) for other in _tops(one)))
-                for one in logprobs["content"]
-            ]
-        pairs = zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True)
-        return [
-            Token(str(token), tuple((str(text), float(log)) for text, log in (tops or {}).items()))
-            for token, tops in pairs
-        ]
-    except (AttributeError, LookupError, TypeError, ValueError):
-        raise ValueError("the engine returned no log-probabilities; it must support `logprobs`") from None
-
-
-def _tops(token: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    return token["top_logprobs"] or ()
-
-
-def yes_probability(tokens: Sequence[Token]) -> float:
-    """P(yes) / (P(yes) + P(no)) over the first token's alternatives; raises ValueError when neither is among them."""
-    return weighed(tokens[0].alternatives if tokens else (), tuple(ANSWER), least=0.0)["yes"]

@@ -21,9 +21,12 @@ from rich.console import Console
 
 from alignment import pretrained
 from app import guard_cli
+from app.audit_cli import audit_app
+from app.keys_cli import keys_app
 from app.policies import library
 from app.policy_cli import check, diff, policy_app, replay
-from app.records import DeliveryState, KeyScope, Tenant, TicketState, Turn, WhenStoreFails
+from app.privacy_cli import privacy_app
+from app.records import DeliveryState, Tenant, TicketState, Turn, WhenStoreFails
 from app.settings import Settings
 from app.shell import Json, Refusal, actor, cell, find_turn, login, print_json, read_settings, show, stored, told
 from app.store import Store, StoreError
@@ -62,10 +65,12 @@ def _group(name: str, text: str) -> typer.Typer:
 
 app.add_typer(policy_app, name="policy")
 app.add_typer(vault_app, name="vault")
+app.add_typer(audit_app, name="audit")
+app.add_typer(privacy_app, name="privacy")
 for command in (check, diff, replay):
     app.command()(command)
 model_app = _group("model", "The model that is served.")
-keys_app = _group("keys", "API keys.")
+app.add_typer(keys_app, name="keys")
 tenants_app = _group("tenants", "Tenants: each has a policy.")
 tickets_app = _group("tickets", "Turns that were handed to a person.")
 webhooks_app = _group("webhooks", "Deliveries that announce tickets.")
@@ -111,6 +116,7 @@ def serve(
             log_config=None,
             access_log=False,
             ws="none",
+            proxy_headers=False,
             lifespan="on",
             timeout_graceful_shutdown=DRAIN,
         )
@@ -132,6 +138,8 @@ class _Starting:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes everything on, but the traceback of a failed start."""
+        if scope["type"] != "lifespan":
+            return await self._app(scope, receive, send)
 
         async def briefly(message: Message) -> None:
             failed = message["type"] == "lifespan.startup.failed"
@@ -203,7 +211,7 @@ def converter(settings: Settings) -> str:
     return sys.executable if ours else settings.engine.python or sys.executable
 
 
-# --- tenants and keys
+# --- tenants
 
 
 @tenants_app.command("list")
@@ -229,53 +237,11 @@ def put_tenant(
         if await store.active_policy(tenant.policy) is None:
             folders = [settings.policies] if settings.policies else []
             resolve(tenant.policy, library(await store.active_policies(), folders))
-        await store.put_tenant(tenant)
-        detail = {"policy": tenant.policy, "when_store_fails": tenant.when_store_fails}
-        await store.audit(actor(), "tenant.put", name, detail)
+        await store.put_tenant(tenant, actor())
         return tenant
 
     tenant = stored(put)
     print(f"tenant {name}: policy {tenant.policy}, when the store fails: {tenant.when_store_fails}")
-
-
-@keys_app.command("create")
-def create_key(
-    tenant: Annotated[str, typer.Option(help="Whose key it is.")] = "default",
-    scope: Annotated[KeyScope, typer.Option(help="Chat, or also answer tickets and set policies.")] = "client",
-    note: Annotated[str, typer.Option(help="What it is for.")] = "",
-) -> None:
-    """Makes a key and prints its secret. It cannot be shown again."""
-    settings = read_settings()
-
-    async def create(store: Store) -> tuple[str, str]:
-        if not await store.tenants():  # as the gateway does at its first start
-            await store.put_tenant(Tenant("default", settings.default_policy))
-        key, secret = await store.add_key(tenant, scope, note)
-        await store.audit(actor(), "key.create", key.id, {"tenant": tenant, "scope": scope})
-        return key.id, secret
-
-    id, secret = stored(create)
-    told(f"{id}, a {scope} key of tenant {tenant}; this is its secret, keep it:")
-    print(secret)
-
-
-@keys_app.command("list")
-def list_keys(as_json: Json = False) -> None:
-    """Lists all keys. Revoked ones too, and never their secrets."""
-    columns = ("id", "tenant", "scope", "hint", "note", "created_at", "revoked_at")
-    show(stored(lambda store: store.keys()), columns, as_json)
-
-
-@keys_app.command("revoke")
-def revoke_key(id: Annotated[str, typer.Argument(help="The key's id, from `newel keys list`.")]) -> None:
-    """Ends a key. A running gateway turns it down at once."""
-
-    async def revoke(store: Store) -> None:
-        await store.revoke_key(id)
-        await store.audit(actor(), "key.revoke", id, {})
-
-    stored(revoke)
-    print(f"{id} is revoked")
 
 
 # --- what people answer

@@ -32,10 +32,10 @@ from rich.text import Text
 
 from alignment import encoder as encoders
 from alignment import pretrained
-from app.backends import events
 from app.cli import converter
 from app.desk import verify
 from app.export import export
+from app.frames import events
 from app.records import KeyScope, Tenant, Ticket, Turn, now
 from app.settings import Settings
 from app.shell import Refusal
@@ -109,6 +109,7 @@ class Tour:
     console: Console
     http: aiohttp.ClientSession
     base: str
+    operators: str
     model: str
     kept: Kept
     store: Store
@@ -124,8 +125,8 @@ class Tour:
 
     async def call(self, path: str, body: dict[str, Any], key: str) -> dict[str, Any]:
         """The JSON answer to a POST; raises Unexpected for another status than 200."""
-        headers = {"authorization": f"Bearer {key}"}
-        async with self.http.post(f"{self.base}{path}", json=body, headers=headers) as answer:
+        headers, base = {"authorization": f"Bearer {key}"}, self.operators if path.startswith("/admin") else self.base
+        async with self.http.post(f"{base}{path}", json=body, headers=headers) as answer:
             if answer.status != 200:
                 raise Unexpected(f"POST {path} was answered with {answer.status}: {(await answer.text())[:300]}")
             parsed: dict[str, Any] = await answer.json()
@@ -343,13 +344,14 @@ async def run(settings: Settings, port: int | None, leave: bool) -> int:
             stack.push_async_callback(store.close)
             kept = await _prepare(store, home / "demo.json")
         url, news = await stack.enter_async_context(_receiver())
-        process = await stack.enter_async_context(_gateway(home, port, model, url, kept.webhook))
+        operators = _free_port()
+        process = await stack.enter_async_context(_gateway(home, port, operators, model, url, kept.webhook))
         http = await stack.enter_async_context(aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)))
         with _phase(console, "gateway and engine") as tell:
             await _ready(http, f"{base}/readyz", process, settings.engine.start_timeout, tell, home)
         model = await _served(http, base, kept.client)
         console.print(f"up after {time.perf_counter() - began:.1f} s: {base}, model {model}, policy {POLICY}")
-        await _walk(Tour(console, http, base, model, kept, store, home, news))
+        await _walk(Tour(console, http, base, f"http://127.0.0.1:{operators}", model, kept, store, home, news))
         if not leave and sys.stdout.isatty() and not os.environ.get("CI"):
             console.print(_how_to_go_on(settings, base, model, kept.client), markup=False, soft_wrap=True)
             await _stay(console, process, news)
@@ -448,9 +450,14 @@ def _port(console: Console, settings: Settings, wanted: int | None) -> int:
         if wanted is not None and not _is_free(wanted):
             raise Refusal(f"port {wanted} is taken by another program; choose another: newel demo --port {wanted + 1}")
         return wanted if wanted is not None else settings.port
+    port = _free_port()
+    console.print(f"port {settings.port} is taken by another program, so the demo listens on {port}")
+    return port
+
+
+def _free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port: int = probe.getsockname()[1]
-    console.print(f"port {settings.port} is taken by another program, so the demo listens on {port}")
     return port
 
 
@@ -529,10 +536,11 @@ async def _receiver() -> AsyncIterator[tuple[str, News]]:
 
 @asynccontextmanager
 async def _gateway(
-    home: Path, port: int, model: str, webhook: str, secret: str
+    home: Path, port: int, operators: int, model: str, webhook: str, secret: str
 ) -> AsyncIterator[asyncio.subprocess.Process]:
     """`newel serve` in a process of its own, which does not outlive this one; its log is in the home."""
     changes = {"HOME": str(home), "DATABASE": _database(home), "WEBHOOK__URL": webhook, "WEBHOOK__SECRET": secret}
+    changes |= {"WEBHOOK__ALLOW": '["127.0.0.0/8"]', "ADMIN__PORT": str(operators)}
     changes |= {"ENGINE__MODEL": model} if model else {}
     environment = os.environ | {f"NEWEL_{name}": value for name, value in changes.items()}
     newel = [sys.executable, "-P", "-c", "from app.cli import main; main()"]

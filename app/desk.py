@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
 from email.utils import parsedate_to_datetime
-from urllib.parse import urlsplit
 
 import aiohttp
 
+from app.egress import AddressRefused, Allowed, Target
 from app.records import Delivery, Ticket, Turn, now
 from app.settings import WebhookSettings
 from app.store import Store, StoreError
@@ -106,27 +106,50 @@ def back_off(attempts: int, first: float) -> float:
     return min(first * 5.0 ** (attempts - 1), LONGEST_DELAY) * random.uniform(0.8, 1.2)  # noqa: S311
 
 
+def _target(settings: WebhookSettings) -> Target | None:
+    if not settings.url:
+        return None
+    try:
+        allowed = Allowed.read(settings.allow)
+    except ValueError as error:
+        raise ValueError(f"webhook.allow: {error}") from None
+    try:
+        return Target.read(settings.url, allowed)
+    except (ValueError, AddressRefused) as error:
+        raise ValueError(f"webhook.url: {error} (webhook.allow names internal receivers)") from None
+
+
+def why(failure: BaseException) -> str:
+    """The kind of a failed call, without its text; AddressRefused also where the client has wrapped it."""
+    cause: BaseException | None = failure
+    while cause is not None:
+        if isinstance(cause, AddressRefused):
+            return AddressRefused.__name__
+        cause = cause.__cause__
+    return type(failure).__name__
+
+
 class Courier:
     """Sends the outbox to the webhook: at least once, in no promised order, several couriers at a time."""
 
     def __init__(self, store: Store, settings: WebhookSettings, first_delay: float = 5.0, idle: float = 1.0):
         """first_delay: seconds before the second attempt. idle: seconds between two looks at an empty outbox.
 
-        Raises ValueError for a `url` that is not http(s), or that comes without a usable `secret`.
+        Raises ValueError for a `url` that must not be called (`app.egress`), or that comes without a usable `secret`.
         """
         self._url, self._attempts = settings.url or "", settings.attempts
         self._secret = settings.secret.get_secret_value() if settings.secret else ""
-        if self._url and not (urlsplit(self._url).scheme in ("http", "https") and urlsplit(self._url).hostname):
-            raise ValueError("webhook.url must be an http or https address")
         if self._url and not _key(self._secret):
             raise ValueError("webhook.url is set without webhook.secret: a receiver could not tell who sends")
+        self._target = _target(settings)
         self._store, self._first_delay, self._idle = store, first_delay, idle
 
     async def run(self) -> None:
         """Sends what is due until it is cancelled; returns at once without a `webhook.url`."""
-        if not self._url:
+        if not (target := self._target):
             return
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)) as session:
+        limit = aiohttp.ClientTimeout(total=ANSWER_SECONDS)
+        async with aiohttp.ClientSession(connector=target.connector(), timeout=limit) as session:
             sent, failing = 0, False
             while True:
                 try:
@@ -149,7 +172,7 @@ class Courier:
         try:
             error, wait = await self._post(session, delivery)
         except (aiohttp.ClientError, TimeoutError, OSError) as failure:
-            error, wait = type(failure).__name__, 0.0
+            error, wait = why(failure), 0.0
         retry_at = now() + timedelta(seconds=max(wait, back_off(delivery.attempts, self._first_delay)))
         dead = error == "410" or delivery.attempts >= self._attempts  # 410: the receiver wants no more
         if error:
@@ -171,7 +194,7 @@ class Courier:
             "webhook-timestamp": str(stamp),
             "webhook-signature": sign(self._secret, delivery.id, stamp, body),
         }
-        # a redirect is an error: the operator named this receiver, and no other one
+        # a redirect is an error: the operator named this receiver, and no other one; what it answers is not read
         async with session.post(self._url, data=body, headers=headers, allow_redirects=False) as answer:
             if 200 <= answer.status < 300:
                 return "", 0.0

@@ -37,11 +37,15 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
     @property
+    def all_headers(self) -> dict[str, str]:
+        """The headers that go with it."""
+        headers = self.headers | ({} if self.retry_after is None else {"retry-after": str(self.retry_after)})
+        return headers | ({"www-authenticate": "Bearer"} if self.status == 401 else {})
+
+    @property
     def response(self) -> JSONResponse:
         """The answer with its status and the headers that go with it."""
-        headers = self.headers | ({} if self.retry_after is None else {"retry-after": str(self.retry_after)})
-        headers |= {"www-authenticate": "Bearer"} if self.status == 401 else {}
-        return JSONResponse(self.body, self.status, headers)
+        return JSONResponse(self.body, self.status, self.all_headers)
 
 
 def unavailable(message: str, code: str, retry_after: int) -> ApiError:
@@ -52,3 +56,8 @@ def unavailable(message: str, code: str, retry_after: int) -> ApiError:
 def internal() -> ApiError:
     """A 500, which tells nothing of what went wrong: that is in the log."""
     return ApiError(500, "Something went wrong on our side.", code="internal_error", kind="server_error")
+
+
+def client_gone() -> ApiError:
+    """What is logged and counted for a client that did not wait for its answer; nobody reads it."""
+    return ApiError(499, "The client went away.", code="client_gone")

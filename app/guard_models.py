@@ -19,7 +19,9 @@ from typing import Any, Literal
 import aiohttp
 import orjson
 
-from app.backends import BackendError, Upstream, answered
+from app.backends import Upstream, answered
+from app.breaker import Breaker, BreakerOpen
+from app.frames import BackendError
 from app.metrics import Metrics
 from app.settings import GuardModelSettings
 from guardrails.types import Judge, Question, Token
@@ -31,18 +33,10 @@ REMEMBERED = 16_384
 """Tokens of answers that are kept of one model: with their alternatives some 3 kB each, 50 MB in all."""
 KEPT = 3600.0
 """Seconds for which an answer is kept: another model may be served under the same name by then."""
-FAILURES = 5
-"""Failures one after the other that open the breaker."""
-PAUSE = 15.0
-"""Seconds that an open breaker waits before it lets one question through to try."""
 
 
 class GuardModelError(Exception):
-    """A guard model was not asked: its breaker is open, the turn's budget is spent, or it is of another kind."""
-
-
-class BreakerOpen(GuardModelError):
-    """The model failed several times in a row and is left alone for a while."""
+    """A guard model was not asked: the turn's budget is spent, or it is of another kind."""
 
 
 class BudgetSpent(GuardModelError):
@@ -51,42 +45,6 @@ class BudgetSpent(GuardModelError):
 
 class OtherKind(GuardModelError):
     """The rule asks in the format of another family than the one that is served."""
-
-
-class Breaker:
-    """Stops asking what fails: closed, open for `pause` seconds after `failures` in a row, then one try decides."""
-
-    def __init__(self, failures: int = FAILURES, pause: float = PAUSE, clock: Callable[[], float] = time.monotonic):
-        self._limit, self._pause, self._clock = failures, pause, clock
-        self._failed = 0
-        self._until = 0.0
-        self._trying = False
-
-    @property
-    def open(self) -> bool:
-        """True from the failure that opened it to the success that closes it."""
-        return self._failed >= self._limit
-
-    def admit(self) -> None:
-        """Lets a question through, whose end must be told; raises BreakerOpen."""
-        if not self.open:
-            return
-        if self._trying or self._clock() < self._until:
-            raise BreakerOpen(f"the model failed {self._failed} times in a row and is not asked for a while")
-        self._trying = True
-
-    def succeeded(self) -> None:
-        """The model answered."""
-        self._failed, self._trying = 0, False
-
-    def failed(self) -> None:
-        """The model did not answer."""
-        self._failed, self._trying = self._failed + 1, False
-        self._until = self._clock() + self._pause
-
-    def unknown(self) -> None:
-        """The question was given up: nothing is known about the model."""
-        self._trying = False
 
 
 class Budget:
@@ -141,7 +99,7 @@ class GuardModel:
         metrics.guard_breaker.labels(name).set(0)
 
     async def ask(self, question: Question, budget: Budget) -> Sequence[Token]:
-        """The answer, remembered or asked for; raises GuardModelError, BackendError, ValueError."""
+        """The answer, remembered or asked for; raises GuardModelError, BreakerOpen, BackendError, ValueError."""
         if question.kind != self._settings.kind:
             self._count("kind")
             raise OtherKind(

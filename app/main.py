@@ -4,38 +4,53 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
+from typing import Any
 
 import aiohttp
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from app import admin, api
-from app.backends import OpenAIBackend, Timeouts, Upstream
+from app.auth import Auth
+from app.backends import OpenAIBackend
 from app.desk import Courier
 from app.engine import Engine
 from app.errors import ApiError, internal, unavailable
+from app.fleet import Fleet
+from app.fleet.probes import look
 from app.guard_models import GuardModels
+from app.idempotency import Idempotency
+from app.limits import open_limits
 from app.logs import configure, event
 from app.metrics import Metrics
 from app.middleware import RequestContext
+from app.oidc import Oidc
 from app.policies import PolicyBook
 from app.records import Tenant, now
+from app.sealing import read_secret, sealing_secrets
 from app.service import Service
 from app.settings import Settings
 from app.store import Conflict, NotFound, SpillFull, Store, StoreDown, StoreError
+from app.surfaces import Surface
+from app.surfaces.chat import Chat
+from app.traffic import Traffic
 from app.vault import SWEEP, open_vaults
 from guardrails import encoder
 
 REFRESH = 1.0
 """Seconds between two looks for policies that were activated elsewhere."""
+SURFACES: dict[str, Surface] = {"/v1/chat/completions": Chat()}
+TEND = 5.0
+"""Seconds between two clearings of the limits' ledger."""
+SPARE = 60.0
+"""Seconds that a request may need beside the wait for the engine."""
 KEEPALIVE = 2.0
 """Seconds that an idle connection to the engine is kept: less than uvicorn's 5, after which it would hang up on us."""
 
@@ -45,13 +60,24 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = settings or Settings()
     configure(settings.log_level)
     metrics = Metrics()
-    app = FastAPI(title="newel", lifespan=_lifespan(settings, metrics), openapi_url=None)
+    app = Gateway(metrics, title="newel", lifespan=_lifespan(settings, metrics), openapi_url=None)
     app.include_router(api.router)
     app.include_router(admin.router)
-    app.add_middleware(RequestContext, metrics=metrics)
     for kind in (ApiError, StoreError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _failed)
     return app
+
+
+class Gateway(FastAPI):
+    """FastAPI's app for everything but the road of chat requests, which goes round its layers (`app.hotpath`)."""
+
+    def __init__(self, metrics: Metrics, **options: Any):
+        super().__init__(**options)
+        self._context = RequestContext(super().__call__, metrics, SURFACES, lambda: self.state.service)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serves one request, or the lifespan."""
+        await self._context(scope, receive, send)
 
 
 def _lifespan(settings: Settings, metrics: Metrics) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
@@ -68,49 +94,45 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     """The running service; what it started is stopped by `stack`, in reverse."""
     settings.home.mkdir(parents=True, exist_ok=True)
     encoder.look_in(settings.home)
-    store = await Store.open(settings.database_url, settings.home / "spill")
+    secret = read_secret(settings)
+    secrets = sealing_secrets(settings, secret)
+    store = await Store.open(settings.database_url, settings.home / "spill", settings.log_delay, secrets)
     stack.push_async_callback(store.close)
     await _first_tenant(store, settings)
     engine = Engine(settings.engine, settings.home)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE)
     no_limit = aiohttp.ClientTimeout(total=None)  # OpenAIBackend times its waits itself
     session = await stack.enter_async_context(aiohttp.ClientSession(connector=connector, timeout=no_limit))
-    timeouts = Timeouts(settings.first_token_timeout, settings.idle_timeout, settings.total_timeout)
-    backend = OpenAIBackend(session, lambda: _upstream(engine), timeouts)
+    fleet = Fleet(settings, engine, partial(OpenAIBackend, session), partial(look, session), metrics)
     judges = GuardModels(settings.guard_models, session, metrics, settings.guard_requests, settings.guard_seconds)
     policies = PolicyBook(store, [settings.policies] if settings.policies else [], metrics, judges)
-    secret = read_secret(settings)
     vaults = open_vaults(store, settings, secret)
-    service = Service(settings, secret, store, policies, engine, backend, metrics, judges, vaults)
+    oidc = Oidc(settings.auth.oidc, session, metrics, secret) if settings.auth.oidc.issuer else None
+    auth = Auth(store, settings, metrics, oidc)
+    limits = open_limits(settings, store.database, metrics)
+    idempotency = Idempotency(store.database, settings.total_timeout + SPARE)
+    traffic = Traffic(fleet, limits, settings.total_timeout, settings.max_tokens)
+    service = Service(
+        settings, secret, store, policies, engine, fleet, auth, traffic, idempotency, metrics, judges, vaults
+    )
+    for closing in (auth.close, limits.close, idempotency.close, fleet.close):
+        stack.push_async_callback(closing)
     stack.push_async_callback(_drain, service)
     stack.push_async_callback(engine.stop)
-    await engine.start()  # before the policies are loaded: it takes longer, and does so by itself
+    if fleet.uses_engine:
+        await engine.start()  # before the policies are loaded: it takes longer, and does so by itself
+    await fleet.start()
     await _warm(service)
     await vaults.sweep()
     for work in (
         Courier(store, settings.webhook).run,
         lambda: _every(REFRESH, policies.refresh),
         lambda: _every(SWEEP, vaults.sweep),
+        lambda: _every(TEND, limits.tend),
+        lambda: _every(SWEEP, idempotency.sweep),
     ):
         stack.push_async_callback(_cancel, service.spawn(work()))
     return service
-
-
-def _upstream(engine: Engine) -> Upstream:
-    return Upstream(engine.url, engine.model, engine.api_key, engine.without)
-
-
-def read_secret(settings: Settings) -> bytes:
-    """The key of this service's HMACs: from the settings, else a file in `home` that is made once (mode 0600)."""
-    if settings.secret:
-        return settings.secret.get_secret_value().encode()
-    path: Path = settings.home / "secret"
-    try:
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-            file.write(secrets.token_hex(32))
-    except FileExistsError:
-        pass
-    return path.read_bytes()
 
 
 async def _first_tenant(store: Store, settings: Settings) -> None:

@@ -43,6 +43,18 @@ class Metrics:
         self.guard_model_time = seconds("guard_model", "Time for an answer of a guard model", "model")
         self.guard_breaker = gauge("guard_model_breaker_open", "1 while a guard model is left alone", "model")
         self.forged = counter("forged_histories", "Turns whose history holds replies that this service never gave")
+        self.engine_up = gauge("pool_engine_up", "1 while an engine of a pool gets requests", "pool", "engine")
+        self.engine_in_flight = gauge("pool_engine_in_flight", "Requests that an engine has", "pool", "engine")
+        self.engine_requests = counter(
+            "pool_engine_requests", "Requests to engines that ended", "pool", "engine", "outcome"
+        )
+        self.shadow_requests = counter("shadow_requests", "Copies for shadow releases", "model", "outcome")
+        self.admission_running = gauge("admission_running", "Requests that a pool's queue has let through", "pool")
+        self.admission_queued = gauge("admission_queued", "Requests that wait before a pool", "pool", "class")
+        self.admission_shed = counter(
+            "admission_shed", "Requests that a pool's queue turned away", "pool", "class", "reason"
+        )
+        self.admission_wait = seconds("admission_wait", "Time in the queue of a pool", "pool", "class")
         self.first_token = seconds("first_token", "From the request to the engine's first token")
         self.duration = seconds("turn", "From the request to the end of the reply")
         self.tokens = counter("tokens", "Tokens", "tenant", "direction")
@@ -53,8 +65,28 @@ class Metrics:
         self.lost = counter("turns_lost", "Turn records that could be stored nowhere")
         self.waiting = gauge("turns_waiting", "Turn records in the spill, waiting for the database")
         self.deliveries = gauge("deliveries", "Webhook deliveries", "state")
+        self.auth_failures = counter("auth_failures", "Requests that were not let in", "reason")
+        self.auth_stale = counter("auth_stale", "Requests let in by a key as it was before the database failed")
+        self.jwks = counter("jwks_fetches", "Look-ups of the token issuer's keys", "outcome")
         self.engine_ready = gauge("engine_ready", "1 while the engine answers")
         self.engine_restarts = gauge("engine_restarts", "Restarts of the supervised engine")
+        self.limit_refusals = counter("limit_refusals", "Requests that a limit of their key turned down", "limit")
+        self.limits_failed = counter("limits_failed", "Calls that the ledger did not answer", "call", "outcome")
+        self.limits_down = gauge("limits_down", "1 while the ledger of limits does not answer")
+
+        self._answers: dict[tuple[str, int], Counter] = {}
+        self._guarded = {stage: self.guard.labels(stage) for stage in ("input", "output")}
+
+    def answered(self, route: str, status: int) -> None:
+        """Counts an HTTP request."""
+        counter = self._answers.get((route, status))
+        if counter is None:
+            counter = self._answers[route, status] = self.requests.labels(route, str(status))
+        counter.inc()
+
+    def guarded(self, stage: str, seconds: float) -> None:
+        """Notes how long a turn's input or output was judged."""
+        self._guarded[stage].observe(seconds)
 
     def count(self, turn: Turn) -> None:
         """Counts a finished turn."""

@@ -1,27 +1,41 @@
-"""Pure ASGI middleware: request ids, the access log, the last resort for errors, and the size of a body."""
+"""Pure ASGI middleware: request ids, the access log, the last resort for errors, and the road of chat requests."""
 
 from __future__ import annotations
 
 import logging
 import re
 import time
+from collections.abc import Callable, Mapping
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import ApiError, internal
-from app.logs import event
+from app.errors import ApiError, client_gone, internal
+from app.exchange import Call
+from app.hotpath import serve
+from app.logs import event, log
 from app.metrics import Metrics
 from app.records import new_id
+from app.service import Service
+from app.surfaces import Surface
 
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestContext:
-    """Gives every request an id (the client's own `X-Request-Id` when it is sane), counts it and logs it."""
+    """Gives every request an id (the client's own `X-Request-Id` when it is sane), counts it and logs it.
 
-    def __init__(self, app: ASGIApp, metrics: Metrics):
-        self.app, self.metrics = app, metrics
+    Requests to the paths in `surfaces` are served here (`app.hotpath`), the others by the app behind.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        metrics: Metrics,
+        surfaces: Mapping[str, Surface],
+        service: Callable[[], Service] | None = None,
+    ):
+        self.app, self.metrics, self._surfaces, self._service = app, metrics, surfaces, service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serves one request; other scopes pass through."""
@@ -38,9 +52,15 @@ class RequestContext:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
+        surface = self._surfaces.get(scope["path"])
         self.metrics.in_flight.inc()
         try:
-            await self.app(scope, receive, send_with_id)
+            if surface and scope["method"] != "POST":
+                await _only_post(scope).response(scope, receive, send_with_id)
+            elif surface and self._service:
+                await serve(self._service(), surface, _call(scope, request_id), receive, send_with_id)
+            else:
+                await self.app(scope, receive, send_with_id)
         except Exception as error:
             event("request_failed", logging.ERROR, exc_info=error, id=request_id)
             if status:  # the answer has begun: the server can only close the connection
@@ -48,10 +68,21 @@ class RequestContext:
             await internal().response(scope, receive, send_with_id)
         finally:
             self.metrics.in_flight.dec()
-            route = getattr(scope.get("route"), "path", "none")
-            self.metrics.requests.labels(route, str(status or 499)).inc()
-            elapsed = round((time.perf_counter() - started) * 1000, 2)
-            event("request", id=request_id, method=scope["method"], route=route, status=status or 499, ms=elapsed)
+            route = scope["path"] if surface else getattr(scope.get("route"), "path", "none")
+            self.metrics.answered(route, status or 499)
+            if log.isEnabledFor(logging.INFO):
+                elapsed = round((time.perf_counter() - started) * 1000, 2)
+                event("request", id=request_id, method=scope["method"], route=route, status=status or 499, ms=elapsed)
+
+
+def _only_post(scope: Scope) -> ApiError:
+    message = f"{scope['method']} {scope['path']}: Method Not Allowed."
+    return ApiError(405, message, code="method_not_allowed", headers={"allow": "POST"})
+
+
+def _call(scope: Scope, request_id: str) -> Call:
+    headers = dict(reversed(scope["headers"]))
+    return Call(headers, scope["headers"], request_id, scope["client"][0] if scope.get("client") else "")
 
 
 def _request_id(scope: Scope) -> str:
@@ -77,8 +108,3 @@ async def read_body(request: Request, limit: int) -> bytes:
     except ClientDisconnect:
         raise client_gone() from None
     return bytes(body)
-
-
-def client_gone() -> ApiError:
-    """What is logged and counted for a client that did not wait for its answer; nobody reads it."""
-    return ApiError(499, "The client went away.", code="client_gone")

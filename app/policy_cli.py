@@ -76,7 +76,7 @@ async def _models(url: str | None) -> AsyncIterator[tuple[Grader | None, Mapping
         return
     import aiohttp
 
-    from app.backends import OpenAIBackend, Upstream
+    from app.backends import OneEngine, OpenAIBackend, Upstream
     from app.guard_models import GuardModels
     from app.metrics import Metrics
 
@@ -89,7 +89,7 @@ async def _models(url: str | None) -> AsyncIterator[tuple[Grader | None, Mapping
             async with session.get(f"{url.rstrip('/')}/models", headers=headers, raise_for_status=True) as answer:
                 name = (await answer.json())["data"][0]["id"]
             judges = GuardModels(settings.guard_models, session, Metrics(), 0, 0).of_check()
-            yield OpenAIBackend(session, lambda: Upstream(url, name, secret)), judges
+            yield OneEngine(OpenAIBackend(session), Upstream(url, name, secret)), judges
     except (aiohttp.ClientError, TimeoutError, KeyError, IndexError, TypeError) as error:
         raise Refusal(
             f"no engine answers at {url}/models ({type(error).__name__}); name its base URL, up to /v1"

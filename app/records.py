@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 
 from guardrails.types import Hit, Message, Priority, ToolMessage, Verdict
 
 WhenStoreFails = Literal["refuse", "answer"]
-KeyScope = Literal["client", "admin"]
+KeyScope = Literal["client", "reviewer", "operator", "admin"]
+KeyPriority = Literal["interactive", "batch", "shadow"]
+BlockMode = Literal["message", "stop", "refusal", "error"]
 PolicyState = Literal["draft", "active", "retired"]
 TicketState = Literal["open", "answered", "closed"]
+RetentionKind = Literal["turns", "withheld", "feedback", "deliveries"]
 DeliveryState = Literal["pending", "sent", "dead"]
 FeedbackKind = Literal["rating", "comment", "correction", "choice", "should_have_helped", "should_have_refused"]
 
@@ -24,7 +28,14 @@ def now() -> datetime:
 
 def new_id(prefix: str) -> str:
     """A fresh identifier such as `chatcmpl-5f0c...` (96 random bits)."""
-    return f"{prefix}{secrets.token_hex(12)}"
+    if not _random:
+        several = secrets.token_bytes(12 * 256)  # a system call for each would cost more than all the rest of it
+        _random.extend(several[i : i + 12].hex() for i in range(0, len(several), 12))
+    return prefix + _random.pop()
+
+
+_random: list[str] = []
+os.register_at_fork(after_in_child=_random.clear)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +45,27 @@ class Tenant:
     name: str
     policy: str
     when_store_fails: WhenStoreFails = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """What a key may use, None and empty: as the settings have it. Rates are per minute and day, cost_per_month is in
+    the currency of the prices, allow names request fields beyond the usual ones ("top_k", "chat_template_kwargs")."""
+
+    requests_per_minute: int | None = None
+    tokens_per_minute: int | None = None
+    tokens_per_day: int | None = None
+    cost_per_month: float | None = None
+    max_tokens: int | None = None
+    max_n: int | None = None
+    max_logprobs: int | None = None
+    allow: tuple[str, ...] = ()
+    priority: KeyPriority | None = None
+    block_mode: BlockMode | None = None
+    expires_at: datetime | None = None
+
+
+NO_LIMITS = KeyLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +79,16 @@ class Key:
     note: str = ""
     created_at: datetime = field(default_factory=now)
     revoked_at: datetime | None = None
+    limits: KeyLimits = NO_LIMITS
+
+    def may(self, needed: KeyScope) -> bool:
+        """True when this key opens what asks for a scope: its own, or any for an admin's."""
+        return self.scope in (needed, "admin")
+
+    def good(self, moment: datetime) -> bool:
+        """True when the key is neither revoked nor expired at that time; for those who remember keys."""
+        expires = self.limits.expires_at
+        return self.revoked_at is None and (expires is None or moment < expires)
 
 
 @dataclass(slots=True)
@@ -56,6 +98,14 @@ class Turn:
     asked is what was asked as the policy lets it be kept (redacted); said is what the client saw, and so are reasoning
     and calls, the tool calls. Where a tool's result is what is answered, asked is empty, and the results end history.
     withheld_* hold the raw texts where they differ, and are stored apart, in a stricter class.
+
+    parent: the id of the finished turn that this one continues. It may be set when the service itself has found that
+    turn (by the hash that its history ends with, or as the last one of the conversation on record), before the turn is
+    logged, and only to a turn of the same tenant and conversation. It saves space and is never trusted: a history is
+    compared with what is on record of the parent, and what differs is stored with the turn. release: which release of
+    the model answered. surface: the API that was used (chat, completions, responses, messages). priority: the class of
+    the request. trace: the id of its trace. choice: which one of n choices; siblings share the prefix of the id.
+    cached_tokens: how many of the prompt's tokens the engine had read before.
     """
 
     id: str
@@ -88,6 +138,13 @@ class Turn:
     head_hash: str = ""
     tail_hash: str = ""
     retry_of: str = ""
+    parent: str = ""
+    release: str = ""
+    surface: str = "chat"
+    priority: str = "interactive"
+    trace: str = ""
+    choice: int = 0
+    cached_tokens: int = 0
     created_at: datetime = field(default_factory=now)
 
     @property
@@ -194,3 +251,18 @@ class Delivery:
     state: DeliveryState = "pending"
     error: str = ""
     next_at: datetime = field(default_factory=now)
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """For how long texts are kept; None is for ever. A turn goes with all that hangs on it."""
+
+    turns: timedelta | None = None
+    withheld: timedelta | None = None
+    feedback: timedelta | None = None
+    deliveries: timedelta | None = None
+
+    def cutoff(self, kind: RetentionKind, moment: datetime) -> datetime | None:
+        """What began before this is too old."""
+        kept: timedelta | None = getattr(self, kind)
+        return None if kept is None else moment - kept

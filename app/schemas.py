@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import ErrorDetails
 
 from app.errors import ApiError
@@ -20,6 +29,28 @@ MAX_TOKENS = 1_000_000
 MAX_SEED = 2**63
 """Seeds are 64-bit integers with a sign, as in vLLM."""
 MAX_TOOLS = 128
+MAX_REPLIES = 16
+"""Replies to one request (`n`)."""
+BlockMode = Literal["message", "stop", "refusal", "error"]
+SAMPLING = (
+    "temperature",
+    "top_p",
+    "stop",
+    "seed",
+    "presence_penalty",
+    "frequency_penalty",
+    "reasoning_effort",
+    "verbosity",
+    "logprobs",
+    "top_logprobs",
+    "logit_bias",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+)
+"""What goes to the engine as it came."""
+IGNORED = frozenset(("store", "service_tier", "prompt_cache_key", "modalities"))
+"""What is taken, because clients send it, and has no effect."""
 TOOL = r"^[A-Za-z0-9_.:/-]{1,128}$"
 """Names of tools: nothing that a sentence could be written in, since they are not judged."""
 CALL = r"^[!-~]{1,128}$"
@@ -143,8 +174,13 @@ class ChatRequest(Body):
     seed: int | None = Field(default=None, ge=-MAX_SEED, lt=MAX_SEED)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
-    n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
+    n: int | None = Field(default=None, ge=1, le=MAX_REPLIES)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    logit_bias: dict[str, float] | None = Field(default=None, max_length=1024)
+    top_k: int | None = Field(default=None, ge=-1, le=MAX_TOKENS)
+    min_p: float | None = Field(default=None, ge=0, le=1)
+    repetition_penalty: float | None = Field(default=None, gt=0, le=10)
     user: str | None = None
     safety_identifier: str | None = None
     metadata: dict[str, str] | None = None
@@ -153,9 +189,20 @@ class ChatRequest(Body):
     tool_choice: Literal["auto", "none", "required"] | Choose | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = Field(default=None, pattern=r"^[a-z]{1,16}$")
+    verbosity: Literal["low", "medium", "high"] | None = None
+    modalities: list[Literal["text"]] | None = None
     store: bool | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
+    _block_mode: BlockMode = PrivateAttr("message")
+    _allowed: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _with_logprobs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("it needs 'logprobs': true")
+        return value
 
     @field_validator("response_format")
     @classmethod
@@ -199,6 +246,26 @@ class ChatRequest(Body):
         return messages
 
     @property
+    def replies(self) -> int:
+        """How many replies are asked for."""
+        return self.n or 1
+
+    @property
+    def beginning(self) -> str:
+        """What the conversation began with, which tells it from others."""
+        return next((one.content for one in self.messages if one.role == "user" and one.content), "")
+
+    @property
+    def limit(self) -> int | None:
+        """How many tokens a reply may have, if the request says so."""
+        return self.max_completion_tokens or self.max_tokens
+
+    @property
+    def block_mode(self) -> BlockMode:
+        """How a refusal is told: as a filtered message, a plain one, a `refusal`, or an error 400."""
+        return self._block_mode
+
+    @property
     def forced(self) -> bool:
         """True when the reply has to call a tool."""
         return self.tool_choice is not None and self.tool_choice not in ("auto", "none")
@@ -215,7 +282,9 @@ class ChatRequest(Body):
 
     def ignored(self, without: Collection[str] = ()) -> list[str]:
         """Parameters that were sent and have no effect with an engine that is not sent those in `without`."""
-        names = {"store", "service_tier", "prompt_cache_key", *without}
+        if not (self.model_fields_set & IGNORED or without):
+            return []
+        names = {*IGNORED, *without}
         return [name for name in type(self).model_fields if name in names and getattr(self, name) is not None]
 
     def check(self, without: Collection[str]) -> None:
@@ -239,18 +308,17 @@ class ChatRequest(Body):
 
     def sampling(self, definitions: Sequence[ToolMessage] = ()) -> dict[str, Any]:
         """The parameters that go to the engine; `definitions`: those of `conversation`, as the policy lets them be."""
-        names = ["temperature", "top_p", "stop", "seed", "presence_penalty", "frequency_penalty", "reasoning_effort"]
+        names = [name for name in SAMPLING if name in self.model_fields_set]
         tools = [{"type": "function", "function": _read(one)} for one in definitions if one.role == DEFINING[0]]
         names += ["parallel_tool_calls"] if tools else []
         out = {name: value for name in names if (value := getattr(self, name)) is not None}
-        limit = self.max_completion_tokens or self.max_tokens
-        out |= {"max_tokens": limit} if limit else {}
+        out |= {"max_tokens": self.limit} if self.limit else {}
         if tools:
             choice = self.tool_choice
             chosen = {"tool_choice": choice.model_dump() if isinstance(choice, Choose) else choice} if choice else {}
             out |= {"tools": tools} | chosen
         formats = [_read(one) for one in definitions if one.role == DEFINING[1]]
-        return out | ({"response_format": formats[0]} if formats else {})
+        return out | ({"response_format": formats[0]} if formats else {}) | self._allowed
 
 
 def _json(value: object) -> str:
@@ -322,14 +390,35 @@ class PolicyChoice(Body):
     by: str = Field(max_length=200, pattern=r"\S")
 
 
+def chat_request(data: dict[str, Any], allow: Collection[str] = (), mode: BlockMode = "message") -> ChatRequest:
+    """The body of a chat completion; `allow` names further fields, which go to the engine as they are.
+
+    Raises ApiError 400.
+    """
+    allowed = {name: data.pop(name) for name in allow if name in data and name not in ChatRequest.model_fields}
+    request = validated(ChatRequest, data)
+    request._block_mode, request._allowed = mode, allowed
+    return request
+
+
 def parse(model: type[Model], body: bytes) -> Model:
     """The body as a model; raises ApiError 400 that names the first mistake, its place and what to do."""
+    return validated(model, json_object(body))
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """The body as a JSON object; raises ApiError 400."""
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(data, dict):
         raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+    return data
+
+
+def validated(model: type[Model], data: Mapping[str, Any]) -> Model:
+    """The data as a model; raises ApiError 400 that names the first mistake, its place and what to do."""
     try:
         return model.model_validate(data)
     except ValidationError as error:

@@ -9,20 +9,26 @@ import logging
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from app.backends import Backend
 from app.engine import Engine
 from app.guard_models import GuardModels
 from app.logs import event
 from app.metrics import Metrics
 from app.policies import PolicyBook
+from app.records import Turn
 from app.settings import Settings
 from app.store import Store
 from app.vault import Vaults
 from guardrails.types import Message, ToolMessage
+
+if TYPE_CHECKING:
+    from app.auth import Auth
+    from app.fleet import Fleet
+    from app.idempotency import Idempotency
+    from app.traffic import Traffic
 
 
 @dataclass(slots=True)
@@ -34,7 +40,10 @@ class Service:
     store: Store
     policies: PolicyBook
     engine: Engine
-    backend: Backend
+    fleet: Fleet
+    auth: Auth
+    traffic: Traffic
+    idempotency: Idempotency
     metrics: Metrics
     judges: GuardModels
     vaults: Vaults
@@ -64,6 +73,14 @@ class Service:
         )
         said = orjson.dumps([tenant, subject, *told])
         return hmac.new(self.secret, said, hashlib.sha256).hexdigest()
+
+    def digest(self, body: bytes) -> str:
+        """An HMAC of a request's body, by which the same request is recognised."""
+        return hmac.new(self.secret, body, hashlib.sha256).hexdigest()
+
+    def marks(self, turn: Turn) -> dict[str, str]:
+        """The headers that tell an engine which request it works for."""
+        return {"x-request-id": turn.request_id}
 
     def pseudonym(self, tenant: str, person: str) -> str:
         """What stands for a person in the store."""

@@ -22,6 +22,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from app.records import Turn
+from app.sealing import read_secret, sealing_secrets
 from app.settings import Settings
 from app.store import Store
 from guardrails import encoder
@@ -81,7 +82,8 @@ def stored(work: Callable[[Store], Awaitable[T]]) -> T:
     settings = read_settings()
 
     async def run() -> T:
-        store = await Store.open(settings.database_url, settings.home / "spill")
+        secrets = sealing_secrets(settings, await asyncio.to_thread(read_secret, settings))
+        store = await Store.open(settings.database_url, settings.home / "spill", secrets=secrets)
         try:
             return await work(store)
         finally:

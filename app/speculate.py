@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
-from typing import TypeVar, cast
+from collections.abc import AsyncGenerator, Awaitable, Sequence
+from typing import Any, TypeVar, cast
 
 from guardrails.types import Verdict
 
@@ -41,12 +41,28 @@ async def speculated(
         await pieces.aclose()
 
 
+async def merged(sources: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[T, None]:
+    """The pieces of all the sources, as they come; the first exception of one ends them all, and is raised."""
+    queue: asyncio.Queue[T] = asyncio.Queue(HELD)
+    tasks = [asyncio.create_task(_read(source, queue)) for source in sources]
+    reading = asyncio.gather(*tasks)
+    try:
+        while (piece := await _next(queue, reading)) is not _END:
+            yield cast(T, piece)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(reading, *tasks, return_exceptions=True)
+        for source in sources:
+            await source.aclose()
+
+
 async def _read(pieces: AsyncGenerator[T, None], queue: asyncio.Queue[T]) -> None:
     async for piece in pieces:
         await queue.put(piece)
 
 
-async def _next(queue: asyncio.Queue[T], reading: asyncio.Task[None]) -> T | object:
+async def _next(queue: asyncio.Queue[T], reading: asyncio.Future[Any]) -> T | object:
     """The next piece, or `_END` when there are no more; raises what reading them raised."""
     if queue.empty() and not reading.done():
         getting = asyncio.ensure_future(queue.get())

@@ -7,19 +7,15 @@ owner and placeholder are authenticated with it: a row that is moved to another 
 from __future__ import annotations
 
 import logging
-import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import timedelta
-from functools import lru_cache
 
 import orjson
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from app.logs import event
 from app.records import Turn, now
+from app.sealing import Unreadable, decrypt, derive, encrypt, sealing_secrets
 from app.settings import Settings
 from app.store import Conflict, Owner, Sealed, Store
 from guardrails.types import Message
@@ -27,12 +23,6 @@ from guardrails.vault import Entry, Vault
 
 SWEEP = 60.0
 """Seconds between two deletions of what has expired."""
-NONCE = 12
-"""Bytes of a nonce, the size that GCM is made for; a random one is good for 2**32 values of a tenant."""
-
-
-class Unreadable(ValueError):
-    """A value that none of the secrets opens, or that was changed or moved; the message names its placeholder."""
 
 
 def owner_of(turn: Turn) -> Owner:
@@ -50,37 +40,28 @@ class Cipher:
     __slots__ = ("_current", "_secrets")
 
     def __init__(self, all_secrets: Sequence[bytes]):
-        self._secrets = {_derive(secret, b"newel vault key id").hex()[:8]: secret for secret in all_secrets}
+        self._secrets = {derive(secret, b"newel vault key id").hex()[:8]: secret for secret in all_secrets}
         self._current = next(iter(self._secrets))
 
     def seal(self, owner: Owner, entry: Entry) -> Sealed:
         """The value, encrypted for this owner and placeholder."""
-        nonce = secrets.token_bytes(NONCE)
-        box = AESGCM(_key(self._secrets[self._current], owner.tenant))
-        data = nonce + box.encrypt(nonce, entry.value.encode(), _place(owner, entry.placeholder))
-        return Sealed(entry.placeholder, self._current, data)
+        secret, place = self._secrets[self._current], _place(owner, entry.placeholder)
+        return Sealed(entry.placeholder, self._current, encrypt(secret, _info(owner), entry.value.encode(), place))
 
     def open(self, owner: Owner, sealed: Sealed) -> Entry:
         """The value and its placeholder; raises Unreadable."""
         secret = self._secrets.get(sealed.key)
         if secret is None:
             raise Unreadable(f"{sealed.placeholder}: its secret is not in [vault] old_secrets")
-        nonce, data = sealed.data[:NONCE], sealed.data[NONCE:]
-        try:
-            plain = AESGCM(_key(secret, owner.tenant)).decrypt(nonce, data, _place(owner, sealed.placeholder))
-        except (InvalidTag, ValueError):
-            raise Unreadable(f"{sealed.placeholder}: it was changed, or belongs elsewhere") from None
+        plain = decrypt(secret, _info(owner), sealed.data, _place(owner, sealed.placeholder))
+        if plain is None:
+            raise Unreadable(f"{sealed.placeholder}: it was changed, or belongs elsewhere")
         return Entry(sealed.placeholder, plain.decode())
 
 
-def _derive(secret: bytes, info: bytes) -> bytes:
-    return HKDF(SHA256(), length=32, salt=None, info=info).derive(secret)
-
-
-@lru_cache(maxsize=1024)
-def _key(secret: bytes, tenant: str) -> bytes:
-    """The key of one tenant."""
-    return _derive(secret, b"newel vault\0" + tenant.encode())
+def _info(owner: Owner) -> bytes:
+    """What the key of one tenant is derived for."""
+    return b"newel vault\0" + owner.tenant.encode()
 
 
 def _place(owner: Owner, placeholder: str) -> bytes:
@@ -107,6 +88,11 @@ class Vaults:
         vault = Vault(known)
         vault.reserve([*unreadable, *(message.content for message in messages if message.role != "assistant")])
         return vault
+
+    async def values_of(self, turn: Turn) -> Mapping[str, str]:
+        """What the placeholders of a turn stand for, to tell it again; raises StoreDown."""
+        known, _ = self._read(turn, await self._store.sealed_values(owner_of(turn)))
+        return Vault(known).values
 
     async def keep(self, turn: Turn, vault: Vault) -> bool:
         """True when all that is in the vault is kept from now on for another `ttl`; raises StoreDown.
@@ -156,7 +142,13 @@ class Vaults:
 
 def open_vaults(store: Store, settings: Settings, secret: bytes) -> Vaults:
     """The vaults as they are set up; `secret` is the service's own."""
-    chosen = settings.vault
-    current = chosen.secret.get_secret_value().encode() if chosen.secret else secret
-    old = [one.get_secret_value().encode() for one in chosen.old_secrets]
-    return Vaults(store, Cipher([current, *old, secret]), chosen.ttl)
+    return Vaults(store, Cipher(sealing_secrets(settings, secret)), settings.vault.ttl)
+
+
+def opened(settings: Settings, secret: bytes, values: Sequence[tuple[Owner, Sealed]]) -> list[tuple[Owner, Entry]]:
+    """These values in clear, without those that cannot be read; `secret` is the service's own."""
+    cipher, found = Cipher(sealing_secrets(settings, secret)), list[tuple[Owner, Entry]]()
+    for owner, one in values:
+        with suppress(Unreadable):
+            found.append((owner, cipher.open(owner, one)))
+    return found

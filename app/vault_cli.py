@@ -19,7 +19,7 @@ def show_values(
     as_json: Json = False,
 ) -> None:
     """Shows the values behind one exchange. Those that have not expired; who looked and why is audited."""
-    from app.main import read_secret
+    from app.sealing import read_secret
     from app.vault import open_vaults
 
     if not reason.strip():
@@ -45,7 +45,7 @@ def forget_values(
     everything: Annotated[bool, typer.Option("--all", help="All of the tenant's.")] = False,
 ) -> None:
     """Deletes values for good. Placeholders in what is stored then stand for nothing; that is audited."""
-    from app.main import read_secret
+    from app.sealing import read_secret
     from app.service import pseudonym
 
     if everything == (conversation is not None or user is not None):

@@ -1,158 +1,367 @@
-"""What the gateway adds to a direct call: requests per second, latency, and its CPU time per request.
+"""newel beside other gateways: requests per second, CPU per request and per frame, added latency, stalls, memory.
 
-Three processes on loopback: an upstream that answers at once with 50 pieces, newel in front of it (SQLite, policy
-`hr`, every turn stored), and this one, which asks both in turn. Machines differ and are shared: compare the ratios.
+All in one run, with `wrk` and a stream client on one core and the gateway alone on the other. Peers are installed on the
+first run. `--write` puts the section into docs/benchmarks.md and draws docs/gateway-peers.svg. Machines differ and are
+shared: compare the ratios.
 """
 
 from __future__ import annotations
 
-import asyncio
+import argparse
 import json
 import os
-import socket
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import aiohttp
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
-MODEL = "smollm2-135m-instruct"
-PIECES = 50
-BODY = {"model": MODEL, "messages": [{"role": "user", "content": "How do I ask for a raise after two good years?"}]}
-UPSTREAM = f"""
-import asyncio, json
-from aiohttp import web
-async def chat(request):
-    body = await request.json()
-    if not body.get("stream"):
-        message = {{"role": "assistant", "content": "word " * {PIECES}}}
-        return web.json_response({{"choices": [{{"index": 0, "message": message, "finish_reason": "stop"}}]}})
-    response = web.StreamResponse(headers={{"content-type": "text/event-stream"}})
-    await response.prepare(request)
-    for _ in range({PIECES}):
-        await response.write(b'data: {{"choices":[{{"index":0,"delta":{{"content":"word "}}}}]}}\\n\\n')
-    await response.write(b'data: {{"choices":[{{"index":0,"delta":{{}},"finish_reason":"stop"}}]}}\\n\\n')
-    await response.write(b'data: [DONE]\\n\\n')
-    return response
-async def ok(request):
-    return web.json_response({{"data": [{{"id": "{MODEL}"}}]}})
-app = web.Application()
-app.router.add_post("/v1/chat/completions", chat)
-app.router.add_get("/v1/models", ok)
-app.router.add_get("/health", ok)
-import sys
-web.run_app(app, host="127.0.0.1", port=int(sys.argv[1]), print=None, access_log=None)
-"""
+# Run as a file, this folder would come first, and with it another module called `guardrails`.
+sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve() != ROOT / "benchmarks")]
+
+from benchmarks.gateway_peers.paths import WAYS, Missing, Started, Way, free_port  # noqa: E402
+from benchmarks.gateway_peers.report import Figures, Results, picture, put, section  # noqa: E402
+
+HERE = Path(__file__).parent / "gateway_peers"
+PAGE, PICTURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "gateway-peers.svg"
+CACHE = Path.home() / ".cache" / "newel" / "peers"
+GATEWAY_CORE, LOAD_CORE = "0", "1"
+CONNECTIONS = 32
+TICK = os.sysconf("SC_CLK_TCK")
 
 
-def free_port() -> int:
-    """A port that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def process(*command: str, **env: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A running command, stopped at the end; its output goes to /dev/null."""
-    running = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        yield running
-    finally:
-        running.terminate()
-        running.wait()
+# --- processes
+
+
+def tree(pid: int) -> list[int]:
+    """A process and all that it has started."""
+    found = [pid]
+    for one in found:
+        with suppress(OSError):
+            for task in Path(f"/proc/{one}/task").iterdir():
+                found += map(int, (task / "children").read_text().split())
+    return found
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system seconds that a process has used (proc(5))."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    """User and system seconds of a process and what it has started, ended children included (proc(5))."""
+    used = 0
+    for one in tree(pid):
+        with suppress(OSError):
+            fields = Path(f"/proc/{one}/stat").read_text().rsplit(")", 1)[1].split()
+            used += sum(map(int, fields[11:15]))
+    return used / TICK
 
 
-def new_key(newel: list[str], env: dict[str, str]) -> str:
-    """A fresh API key of the gateway's default tenant."""
-    made = subprocess.run([*newel, "keys", "create"], env=os.environ | env, cwd=ROOT, capture_output=True, check=True)
-    return made.stdout.decode().strip()
+def megabytes(pid: int) -> float:
+    """Resident memory of a process and what it has started."""
+    pages = 0
+    for one in tree(pid):
+        with suppress(OSError):
+            pages += int(Path(f"/proc/{one}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
-async def ready(url: str) -> None:
-    """Returns when `url` answers 200."""
-    async with aiohttp.ClientSession() as session:
-        for _ in range(600):
+def pinned(core: str, command: Sequence[str]) -> list[str]:
+    return ["taskset", "-c", core, *command] if (os.cpu_count() or 1) > 1 else list(command)
+
+
+@contextmanager
+def process(core: str, command: Sequence[str], env: dict[str, str], home: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A running command, ended with all that it has started; its output goes to `home`."""
+    with (home / "output").open("wb") as output:
+        running = subprocess.Popen(
+            pinned(core, command), cwd=home, env=os.environ | env, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        yield running
+    finally:
+        for one in tree(running.pid):
+            with suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+        running.wait()
+
+
+@dataclass(slots=True)
+class Running:
+    """A way that serves."""
+
+    way: Way
+    port: int
+    headers: dict[str, str]
+    pid: int | None
+    rows: list[Figures] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1/chat/completions"
+
+    def signal(self, number: signal.Signals) -> None:
+        for one in tree(self.pid) if self.pid else ():
+            with suppress(ProcessLookupError):
+                os.kill(one, number)
+
+
+@contextmanager
+def awake(one: Running) -> Iterator[None]:
+    """This way goes on, for a while."""
+    one.signal(signal.SIGCONT)
+    time.sleep(0.3)
+    try:
+        yield
+    finally:
+        one.signal(signal.SIGSTOP)
+
+
+def asked(one: Running, body: bytes) -> bytes:
+    """The reply to one request; raises OSError."""
+    headers = {"content-type": "application/json"} | one.headers
+    request = urllib.request.Request(one.url, body, headers)
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        reply: bytes = answer.read()
+        return reply
+
+
+def started(way: Way, engine: int, cache: Path, home: Path, ends: ExitStack) -> Running:
+    """The way, once it answers; raises Missing."""
+    if way.prepare is None:
+        return Running(way, engine, {}, None)
+    port = free_port()
+    start: Started = way.prepare(home, port, engine, cache)
+    tell(f"starting {way.name}")
+    running = ends.enter_context(process(GATEWAY_CORE, start.command, start.env, home))
+    one = Running(way, port, dict(start.headers), running.pid)
+    if start.key:
+        _wait(one, running, start)
+        one.headers["authorization"] = f"Bearer {start.key()}"
+    _answering(one, running, home)
+    return one
+
+
+def _wait(one: Running, running: subprocess.Popen[bytes], start: Started) -> None:
+    """Returns when the process listens: keys are made in the database that it makes."""
+    for _ in range(600):
+        with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{one.port}/readyz", timeout=2):
+            return
+        if running.poll() is not None:
+            return
+        time.sleep(0.1)
+
+
+def _answering(one: Running, running: subprocess.Popen[bytes], home: Path) -> None:
+    body = bodies(1)[0].replace("@@@@@@@", "0000000").encode()
+    reason = "it did not start"
+    for _ in range(1200):
+        if running.poll() is not None:
+            break
+        try:
+            if b"the " in asked(one, body):
+                return
+        except urllib.error.HTTPError as error:
+            reason = f"status {error.code}: {error.read()[:200].decode(errors='replace')}"
+        except OSError as error:
+            reason = str(error)
+        time.sleep(0.1)
+    last = (home / "output").read_text(errors="replace").strip()[-300:].replace("\n", " ")
+    raise Missing(f"{reason} {last if 'not start' in reason else ''}".strip())
+
+
+# --- what is asked
+
+
+def bodies(many: int, **more: Any) -> list[str]:
+    """Requests as JSON, each with seven @ where a running number belongs."""
+    topics = [
+        "a raise",
+        "my notice period",
+        "the holiday plan",
+        "a new desk",
+        "the train strike",
+        "our budget",
+        "a lost badge",
+    ]
+    askers = ["two good years", "the night shift", "a long illness", "the new project", "a move to another city"]
+    texts = (
+        f"In case @@@@@@@ and after {askers[i % 5]}: how do I ask about {topics[i % 7]}, and in which order ({i})?"
+        for i in range(many)
+    )
+    made = (
+        {"model": "fake", "messages": [{"role": "user", "content": text}], "max_tokens": 600} | more for text in texts
+    )
+    return [json.dumps(body, separators=(",", ":")) for body in made]
+
+
+class Load:
+    """`wrk` on its core; each run goes on with other numbers."""
+
+    def __init__(self, home: Path):
+        if shutil.which("wrk") is None:
+            raise SystemExit("wrk is needed (Debian: apt-get install wrk)")
+        self._bodies, self._number = home / "bodies", 0
+        self._bodies.write_text("\n".join(bodies(400)) + "\n")
+
+    def run(self, one: Running, connections: int, seconds: float) -> dict[str, float]:
+        """What wrk counted: requests, seconds, p50 and p99 in ms, bad."""
+        self._number += 1_000_003
+        env = {
+            "BODIES": str(self._bodies),
+            "NUMBER": str(self._number),
+            "HEADERS": "".join(f"{name}={value}\n" for name, value in one.headers.items()),
+        }
+        command = ["wrk", "-t1", f"-c{connections}", f"-d{max(seconds, 1):.0f}s", "--timeout", "30s"]
+        command += ["-s", str(HERE / "load.lua"), one.url]
+        done = subprocess.run(
+            pinned(LOAD_CORE, command), env=os.environ | env, capture_output=True, text=True, check=True
+        )
+        found: dict[str, float] = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+        return found
+
+
+# --- measuring
+
+
+def measured(one: Running, load: Load, seconds: float) -> Figures:
+    """Whole replies, one round."""
+    with awake(one):
+        load.run(one, CONNECTIONS, 1)
+        before = cpu_seconds(one.pid) if one.pid else 0.0
+        busy = load.run(one, CONNECTIONS, seconds)
+        used = (cpu_seconds(one.pid) if one.pid else 0.0) - before
+        calm = load.run(one, 1, seconds)
+        rss = megabytes(one.pid) if one.pid else 0.0
+    return {
+        "requests": busy["requests"] / busy["seconds"],
+        "cpu": used / max(busy["requests"], 1) * 1e6,
+        "p50": calm["p50"],
+        "p99": calm["p99"],
+        "bad": busy["bad"] + calm["bad"],
+        "rss": rss,
+    }
+
+
+def streamed(one: Running, streams: int, seconds: float) -> Figures:
+    """Many streams, one round."""
+    body = bodies(1, stream=True)[0]
+    body = body.replace('"max_tokens":600', f'"max_tokens":{int(50 * (seconds + 5))}')
+    asked = {"url": one.url, "headers": one.headers, "body": body, "streams": streams, "seconds": seconds}
+    command = pinned(LOAD_CORE, [sys.executable, str(HERE / "streams.py"), json.dumps(asked)])
+    with awake(one), subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
+        assert client.stdout
+        client.stdout.readline()
+        before = cpu_seconds(one.pid) if one.pid else 0.0
+        time.sleep(seconds)
+        used = (cpu_seconds(one.pid) if one.pid else 0.0) - before
+        rss = megabytes(one.pid) if one.pid else 0.0
+        told = json.loads(client.stdout.readline())
+        client.wait()
+        time.sleep(1)
+    return {
+        "frames": told["frames"] / told["seconds"],
+        "frame_cpu": used / max(told["frames"], 1) * 1e6,
+        "gap50": told["p50"],
+        "gap99": told["p99"],
+        "ttft50": told["ttft50"],
+        "ttft99": told["ttft99"],
+        "stalls": told["stalls"],
+        "stream_bad": told["bad"],
+        "stream_rss": rss,
+    }
+
+
+def medians(rows: Sequence[Figures]) -> Figures:
+    return {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+
+
+def flat(one: Running, load: Load, minutes: int) -> list[float]:
+    """MB before, and after each minute of whole replies and some streams."""
+    with awake(one):
+        found = [megabytes(one.pid or 0)]
+        for minute in range(1, minutes + 1):
+            load.run(one, 8, 59)
+            found.append(megabytes(one.pid or 0))
+            tell(f"minute {minute}: {found[-1]:.0f} MB")
+    return found
+
+
+def shown(one: Running, row: Figures) -> str:
+    return f"{one.way.name:<18}" + " ".join(f"{name} {value:,.1f}" for name, value in row.items())
+
+
+def run(names: Sequence[str], options: argparse.Namespace) -> Results:
+    """Everything, in one run."""
+    results = Results()
+    with ExitStack() as ends:
+        home = Path(ends.enter_context(tempfile.TemporaryDirectory(prefix="newel-bench-")))
+        home.chmod(0o755)
+        engine = free_port()
+        (home / "engine").mkdir()
+        command = [sys.executable, str(HERE / "upstream.py"), str(engine)]
+        ends.enter_context(process(LOAD_CORE, command, {}, home / "engine"))
+        running: list[Running] = []
+        for name in names:
+            place = home / name
+            place.mkdir()
             try:
-                async with session.get(url) as response:
-                    if response.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            await asyncio.sleep(0.1)
-    raise SystemExit(f"{url} did not become ready")
+                one = started(WAYS[name], engine, options.cache, place, ends)
+            except Missing as error:
+                results.missing[WAYS[name].name] = str(error)
+                tell(f"{name}: {error}")
+                continue
+            one.signal(signal.SIGSTOP)
+            running.append(one)
+            results.about[one.way.name] = one.way.how
+        _rounds(running, Load(home), options, results)
+    return results
 
 
-async def load(url: str, key: str, stream: bool, requests: int, at_once: int) -> tuple[float, list[float]]:
-    """(seconds in all, seconds of each request); a request that fails ends the benchmark."""
-    todo = iter(range(requests))
-    times: list[float] = []
-    data = json.dumps(BODY | {"stream": stream}).encode()
-    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
-
-    async def worker(session: aiohttp.ClientSession) -> None:
-        for _ in todo:
-            began = time.perf_counter()
-            async with session.post(f"{url}/v1/chat/completions", data=data, headers=headers) as response:
-                body = await response.read()
-            times.append(time.perf_counter() - began)
-            if response.status != 200 or (stream and not body.rstrip().endswith(b"[DONE]")):
-                raise SystemExit(f"{url}: {response.status} {body[:300]!r}")
-
-    began = time.perf_counter()
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        await asyncio.gather(*(worker(session) for _ in range(at_once)))
-    return time.perf_counter() - began, times
+def _rounds(running: Sequence[Running], load: Load, options: argparse.Namespace, results: Results) -> None:
+    for number in range(options.rounds):
+        for one in running:
+            row = measured(one, load, options.seconds)
+            if options.streams:
+                row |= streamed(one, options.streams, options.seconds)
+            one.rows.append(row)
+            tell(f"round {number + 1}: {shown(one, row)}")
+    results.figures = {one.way.name: medians(one.rows) for one in running}
+    if options.minutes and (own := next((one for one in running if one.way.name == "newel, rules"), None)):
+        results.memory, results.memory_of = flat(own, load, options.minutes), own.way.name
 
 
-async def measure(name: str, url: str, key: str, pid: int, rounds: int = 3) -> None:
-    """Prints one row for each way of asking."""
-    for stream in (False, True):
-        for at_once in (1, 32):
-            requests = 100 if at_once == 1 else 400
-            rows = []
-            await load(url, key, stream, 20, at_once)
-            for _ in range(rounds):
-                before = cpu_seconds(pid)
-                seconds, times = await load(url, key, stream, requests, at_once)
-                used = (cpu_seconds(pid) - before) / requests
-                cuts = statistics.quantiles(times, n=100)
-                rows.append((requests / seconds, cuts[49] * 1e3, cuts[98] * 1e3, used * 1e6))
-            rate, p50, p99, used = (statistics.median(column) for column in zip(*rows, strict=True))
-            how = "stream" if stream else "whole"
-            print(f"{name:<8} {how:<7} {at_once:>7} {rate:10.0f} {p50:8.2f} {p99:8.2f} {used:12.0f}", flush=True)
-
-
-async def main() -> None:
-    """Starts the processes and prints the table."""
-    upstream, gateway = free_port(), free_port()
-    with tempfile.TemporaryDirectory() as home:
-        env = {"NEWEL_HOME": home, "NEWEL_ENGINE__URL": f"http://127.0.0.1:{upstream}/v1", "NEWEL_DEFAULT_POLICY": "hr"}
-        env |= {"NEWEL_PORT": str(gateway), "NEWEL_LOG_LEVEL": "warning", "NEWEL_ENGINE__MODEL": MODEL}
-        newel = [str(Path(sys.executable).with_name("newel"))]
-        with process(sys.executable, "-c", UPSTREAM, str(upstream)) as above, process(*newel, "serve", **env) as ours:
-            await ready(f"http://127.0.0.1:{upstream}/health")
-            await ready(f"http://127.0.0.1:{gateway}/readyz")
-            key = new_key(newel, env)
-            print("path     reply   at once requests/s   p50 ms   p99 ms   CPU us/req")
-            await measure("direct", f"http://127.0.0.1:{upstream}", "", above.pid)
-            await measure("newel", f"http://127.0.0.1:{gateway}", key, ours.pid)
+def main() -> None:
+    """Runs everything and prints the section; `--write` puts it where it belongs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ways", default=",".join(WAYS), help=f"some of {','.join(WAYS)}; direct is always there")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
+    parser.add_argument("--streams", type=int, default=500, help="streams at once; 0 leaves them out")
+    parser.add_argument("--minutes", type=int, default=0, help="of load under which newel's memory is watched")
+    parser.add_argument("--cache", type=Path, default=CACHE, help=f"where the peers are installed ({CACHE})")
+    parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md and docs/gateway-peers.svg")
+    options = parser.parse_args()
+    names = list(dict.fromkeys(["direct", *options.ways.split(",")]))
+    if unknown := [name for name in names if name not in WAYS]:
+        raise SystemExit(f"--ways: no way {unknown[0]!r}; there are {', '.join(WAYS)}")
+    results = run(names, options)
+    text = section(results, options.streams, options.rounds, options.seconds, PICTURE.name)
+    print(text)
+    if options.write:
+        put(text, PAGE)
+        PICTURE.write_text(picture(results), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    main()

@@ -1,4 +1,4 @@
-r"""One linear pass over a text for many patterns (RE2) that says which of them may match at all.
+r"""One linear pass over a text for many patterns (RE2) that says which of them may match, or may be under way at its end.
 
 Each pattern is rewritten for RE2 so that it matches at least what `regex` matches (see `guardrails.syntax`); one that
 cannot be rewritten is always a candidate. RE2 reads one byte a character: Latin-1, with `?` for all beyond it, so every
@@ -21,6 +21,20 @@ COPIES, GROUP_COPIES = 6, 3
 """How often a counted repeat of one character, or of more, is written out; what is beyond becomes any number."""
 PROGRAM = 200_000
 """Characters of a rewritten pattern from which on it is not worth its memory."""
+BEGUN_PROGRAM = 1_000_000
+"""The same for the beginnings of a pattern."""
+BEGUN_COPIES, NEAR = 16, 3
+"""How often a counted repeat of one character is written out in a beginning, and how near its bounds must be to count."""
+START = "\0"
+"""What stands before a text whose beginning is asked for: it may be any character."""
+
+
+def _options() -> re2.Options:
+    options = re2.Options()
+    options.encoding = re2.Options.Encoding.LATIN1
+    options.max_mem = MEMORY
+    options.log_errors = False
+    return options
 
 
 class Prefilter:
@@ -29,11 +43,7 @@ class Prefilter:
     __slots__ = ("_always", "_numbers", "_set")
 
     def __init__(self, needs: Sequence[str]):
-        options = re2.Options()
-        options.encoding = re2.Options.Encoding.LATIN1
-        options.max_mem = MEMORY
-        options.log_errors = False
-        self._set = re2.Set.SearchSet(options)
+        self._set = re2.Set.SearchSet(_options())
         self._set.Add(b"")  # matches always: without it in the answer RE2 ran out of memory, which is no answer
         self._numbers, self._always = [-1], []
         for number, need in enumerate(needs):
@@ -53,9 +63,149 @@ class Prefilter:
         if not self._numbers:
             return set(self._always)
         matched = self._set.Match(text.encode("latin-1", "replace"))
-        if not matched or 0 not in matched:
+        if matched == _NOTHING:
+            return set(self._always)
+        if 0 not in matched:
             return {*self._always, *self._numbers[1:]}
         return {*self._always, *(self._numbers[i] for i in matched if i)}
+
+
+_NOTHING = [0]
+
+
+class Begun:
+    """What may be under way at the end of a growing text: the beginnings of many patterns as one."""
+
+    __slots__ = ("_begun", "_first", "_set", "unread")
+
+    def __init__(self, patterns: Sequence[str]):
+        self._begun: list[tuple[int, bytes]] = []
+        unread: list[int] = []
+        for number, pattern in enumerate(patterns):
+            try:
+                self._begun.append((number, begun(pattern)))
+            except syntax.Unreadable:
+                unread.append(number)
+        self.unread = tuple(unread)
+        """The patterns of which no beginning can be told."""
+        self._first: re2._Regexp | None = None
+        self._set: re2.Set | None = None
+
+    def first(self, text: str, start: int, end: int) -> int:
+        """The first place from `start` on at which something may begin that is under way at `end`; `end` if none."""
+        if self._first is None:  # made when the first text streams, since it may take a while
+            self._first = self._made()
+        found = self._first.search(_window(text, start, end))
+        return end if found is None else min(end, start + found.start())
+
+    def _made(self) -> re2._Regexp:
+        whole = b"|".join(dict.fromkeys(beginning for _, beginning in self._begun))
+        try:
+            return re2.compile(rb"(?:%s)\z" % (whole or ANY_SIGN), _options())
+        except re2.error:
+            return re2.compile(rb"%s*\z" % ANY_SIGN, _options())
+
+    def alive(self, text: str, start: int, end: int) -> set[int]:
+        """The numbers of the patterns that may be under way at `end`, of those that may begin from `start` on."""
+        every = {number for number, _ in self._begun}
+        try:
+            if self._set is None:
+                made = re2.Set.SearchSet(_options())
+                made.Add(b"")
+                for _, beginning in self._begun:
+                    made.Add(rb"(?:%s)\z" % beginning)
+                made.Compile()
+                self._set = made
+            matched = self._set.Match(_window(text, start, end))
+        except re2.error:
+            return every
+        return {self._begun[i - 1][0] for i in matched if i} if 0 in matched else every
+
+
+def _window(text: str, start: int, end: int) -> bytes:
+    """The bytes of `text[start:end]` after the one that stands before it."""
+    part = text[start - 1 : end] if start else START + text[:end]
+    return part.encode("latin-1", "replace")
+
+
+@lru_cache(1024)
+def begun(pattern: str) -> bytes:
+    """What matches, after the character before it, every beginning of what `pattern` matches, also the whole of it.
+
+    Raises Unreadable where there is none.
+    """
+    node = syntax.parse(pattern)
+    if syntax.nullable(node):
+        raise syntax.Unreadable("it may match the empty text")
+    parts: list[Node] = [node]
+    while parts and isinstance(parts[0], Row):
+        parts[:1] = syntax.edges(parts[0].parts)
+    out = _started(parts[0]) + _begun(node)
+    if len(out) > BEGUN_PROGRAM:
+        raise syntax.Unreadable("too long")
+    return out
+
+
+ANY_SIGN = rb"[\x00-\xff]"
+
+
+def _started(node: Node) -> bytes:
+    """The character before a pattern whose first part this is; what stands for the start of the text is any."""
+    if isinstance(node, Edge) and node.behind:
+        return _set(Chars(node.chars.mask | 1, node.chars.wide))
+    return ANY_SIGN
+
+
+def _begun(node: Node) -> bytes:
+    """Every beginning of the node, the empty one and the whole one too."""
+    if isinstance(node, Chars):
+        return _set(node) + b"?"
+    if isinstance(node, Choice):
+        return b"(?:%s)" % b"|".join(dict.fromkeys(map(_begun, node.parts)))
+    if isinstance(node, Repeat):
+        return _begun_repeat(node, b"")
+    if not isinstance(node, Row):
+        return b""
+    rest = b""
+    for part in reversed(syntax.edges(node.parts)):
+        if isinstance(part, Chars):
+            rest = b"(?:%s%s)?" % (_set(part), rest)
+        elif isinstance(part, Repeat):
+            rest = _begun_repeat(part, rest)
+        elif whole := _whole(part):
+            rest = b"(?:%s|%s%s)" % (_begun(part), whole, rest) if rest else _begun(part)
+    return rest
+
+
+def _begun_repeat(node: Repeat, rest: bytes) -> bytes:
+    """Every beginning of a repeat and what follows it, of which `rest` is every beginning."""
+    whole = _whole(node.part)
+    if not whole:
+        return rest
+    if not isinstance(node.part, Chars):
+        begun, often = _begun(node.part), b"?" if node.most == 1 else b"*"
+        return b"(?:%s)%s(?:%s|%s)" % (whole, often, begun, rest) if rest else b"(?:%s)%s%s" % (whole, often, begun)
+    bounded = node.most is not None and node.most <= BEGUN_COPIES + NEAR
+    upto = b"{0,%d}" % node.most if bounded and node.most is not None else b"*"
+    if not rest or node.least <= 1:
+        return whole + upto + rest
+    return b"(?:%s%s|%s%s)" % (whole, upto, _whole(node), rest)
+
+
+def _whole(node: Node) -> bytes:
+    """What matches where the node does, whatever is beside it; empty for what takes no character."""
+    if isinstance(node, Chars):
+        return _set(node)
+    if isinstance(node, Row):
+        return b"".join(map(_whole, node.parts))
+    if isinstance(node, Choice):
+        return b"(?:%s)" % b"|".join(dict.fromkeys(map(_whole, node.parts))) if any(map(_whole, node.parts)) else b""
+    if not isinstance(node, Repeat) or not (inner := _whole(node.part)):
+        return b""
+    single = isinstance(node.part, Chars)
+    least = min(node.least, BEGUN_COPIES if single else NEAR)
+    near = node.most is not None and node.most - least <= NEAR
+    return (inner if single else b"(?:%s)" % inner) + (b"{%d,%d}" % (least, node.most) if near else b"{%d,}" % least)
 
 
 @lru_cache(1024)

@@ -8,14 +8,11 @@ character after it, would have to read past the end of the text. What starts bef
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import lru_cache
-from math import inf
+from functools import cached_property, lru_cache
 
 import regex
 
-from guardrails.prefilter import Prefilter
-from guardrails.scanner import Scanner, State
-from guardrails.syntax import Node, Unreadable, nullable, parse
+from guardrails.prefilter import Begun, Prefilter
 from guardrails.types import Context, Finding, Reading
 
 Accept = Callable[[str], bool]
@@ -147,116 +144,55 @@ class Span:
         return found, max(start, settled)
 
 
-@lru_cache(64)
-def _machines(patterns: tuple[tuple[str, str], ...]) -> tuple[Prefilter, Scanner, tuple[int, ...]]:
-    """For spans with these patterns and needs: what reads whole texts, what reads growing ones, and the numbers of
-    the spans that the second cannot read."""
-    trees: list[tuple[int, Node]] = []
-    for number, (pattern, _) in enumerate(patterns):
-        try:
-            tree = parse(pattern)
-        except Unreadable:
-            continue
-        if not nullable(tree):
-            trees.append((number, tree))
-    unread = set(range(len(patterns))) - {number for number, _ in trees}
-    return Prefilter([need for _, need in patterns]), Scanner(trees), tuple(sorted(unread))
+_prefilter, _begun = lru_cache(128)(Prefilter), lru_cache(128)(Begun)
 
 
 class SpansReading:
     """The progress of many spans through one text.
 
-    A scanner tells where something may be under way. Only a span that it calls complete, or long under way, is
-    watched: read exactly, until every place is settled where it may have begun.
+    `look` says which spans may match in what is new, or have been under way for long; only they are read exactly
+    (`exact`), until every place is settled where they may have begun. What has begun shortly before the end waits.
     """
 
-    __slots__ = ("_begun", "_next", "_read", "_settled", "_spans", "_watched")
+    __slots__ = ("_next", "_read", "_spans", "settled")
 
     def __init__(self, spans: Spans):
         self._spans = spans
-        self._begun: list[tuple[int, int, State]] = []  # what is under way: its first and its last possible start
         self._next: dict[int, int] = {}  # by span: where to go on
-        self._watched: dict[int, float] = dict.fromkeys(spans.unread, inf)  # by span: the last start in question
-        self._read = self._settled = 0
+        self._read = self.settled = 0
 
     def read(self, text: str, final: bool) -> tuple[Sequence[Finding], int]:
         """The new certain findings and how far the text is settled (see `guardrails.types.Reading`)."""
-        if final:
-            return self._rest(text), len(text)
-        self._scan(text)
-        settled = min((first for first, _, _ in self._begun), default=len(text))
+        numbers, settled = self.look(text, len(text), final)
         found: list[Finding] = []
-        for number, last in list(self._watched.items()):
-            span, start = self._spans.spans[number], max(self._settled, self._next.get(number, 0))
-            reached = span.live(text, start)
-            more, self._next[number] = span.findings(text, start, reached)
+        for number in numbers:
+            more, reached = self.exact(number, text, final)
             found += more
             settled = min(settled, reached)
-            if reached > last:
-                del self._watched[number]
-        self._settled = max(self._settled, settled)
-        return found, self._settled
+        self.settled = max(self.settled, settled)
+        return found, self.settled
 
-    def _rest(self, text: str) -> list[Finding]:
-        """The findings in all that is not settled; words before it may announce them."""
-        found: list[Finding] = []
-        for number in sorted(self._spans.prefilter.candidates(text[max(0, self._settled - BEFORE) :])):
-            start = max(self._settled, self._next.get(number, 0))
-            found += self._spans.spans[number].findings(text, start, len(text))[0]
-        return found
+    def look(self, text: str, end: int, final: bool) -> tuple[Sequence[int], int]:
+        """(the spans that are to be read exactly in `text[:end]`, how far the text is settled for all others)."""
+        spans, start = self._spans, self.settled
+        if final:
+            return sorted(spans.prefilter.candidates(text[max(0, start - BEFORE) : end])), end
+        if end == self._read:
+            return (), start
+        self._read = end
+        numbers = spans.parts.candidates(text[max(0, start - 1) : end])
+        first = spans.begun.first(text, start, end)
+        if end - first > LONG:
+            numbers |= spans.begun.alive(text, start, end)
+            first = end
+        return sorted(numbers.union(spans.begun.unread)), first
 
-    def _scan(self, text: str) -> None:
-        """Follows what is under way through the new part of the text."""
-        scanner, begun = self._spans.scanner, self._begun
-        opened = scanner.opened
-        for at in range(self._read, len(text)):
-            sign, pair = text[at], text[at - 1 : at + 1] if at else text[0]
-            if begun:
-                begun = self._moved(begun, sign)
-            try:
-                state = opened[pair]
-            except KeyError:  # not seen before, or forgotten since by another thread
-                state = scanner.open(pair)
-            if state is not None:
-                begun.append((at, at, state))
-                if state.done:
-                    self._watch(state.done, at)
-        self._read = len(text)
-        for first, last, state in begun:
-            if len(text) - first > LONG:
-                self._watch(state.alive, last)
-        if begun and self._watched:
-            begun = [one for one in begun if not self._is_watched(one)]
-        self._begun = begun
-
-    def _moved(self, begun: Sequence[tuple[int, int, State]], sign: str) -> list[tuple[int, int, State]]:
-        """What is still under way after `sign`; what has come to the same state goes on as one."""
-        moved: dict[State, tuple[int, int, State]] = {}
-        for first, last, state in begun:
-            try:
-                after = state.next[sign]
-            except KeyError:
-                after = self._spans.scanner.step(state, sign)
-            if after is None:
-                continue
-            if after.done:
-                self._watch(after.done, last)
-            same = moved.get(after)
-            moved[after] = (same[0] if same else first, last, after)
-        return list(moved.values())
-
-    def _watch(self, numbers: Iterable[int], start: int) -> None:
-        """Has these spans read exactly until what starts at `start` is settled."""
-        for number in numbers:
-            self._watched[number] = max(start, self._watched.get(number, 0))
-
-    def _is_watched(self, one: tuple[int, int, State]) -> bool:
-        """True where all that may go on is watched anyway; then it need not be followed."""
-        _, last, state = one
-        if not self._watched.keys() >= state.alive:
-            return False
-        self._watch(state.alive, last)
-        return True
+    def exact(self, number: int, text: str, final: bool) -> tuple[list[Finding], int]:
+        """(the new findings of one span, how far it is settled)."""
+        span, start = self._spans.spans[number], max(self.settled, self._next.get(number, 0))
+        reached = len(text) if final else span.live(text, start)
+        found, self._next[number] = span.findings(text, start, reached)
+        return self._spans.kept(text, found), reached
 
 
 class Spans:
@@ -264,8 +200,21 @@ class Spans:
 
     def __init__(self, spans: Sequence[Span], views: Collection[str] | None = None):
         self.spans, self.views = tuple(spans), views
-        machines = _machines(tuple((span.pattern, span.needed) for span in self.spans))
-        self.prefilter, self.scanner, self.unread = machines
+        self.prefilter = _prefilter(tuple(span.needed for span in self.spans))
+
+    @cached_property
+    def parts(self) -> Prefilter:
+        """Says what may match in a part of a text, which may begin behind what is needed before a match."""
+        return _prefilter(tuple(span.pattern for span in self.spans))
+
+    @cached_property
+    def begun(self) -> Begun:
+        """Says what may be under way at the end of a growing text."""
+        return _begun(tuple(span.pattern for span in self.spans))
+
+    def kept(self, text: str, found: list[Finding]) -> list[Finding]:
+        """Those of the findings that count."""
+        return found
 
     def readings(self) -> Sequence[Reading]:
         """Fresh readings: one for all patterns."""
@@ -273,7 +222,7 @@ class Spans:
 
     async def find(self, text: str, context: Context) -> Sequence[Finding]:
         """The findings of all patterns, in the order of their start."""
-        return self.among(text, self.prefilter.candidates(text))
+        return self.kept(text, self.among(text, self.prefilter.candidates(text)))
 
     def among(self, text: str, candidates: Iterable[int]) -> list[Finding]:
         """The findings of the spans with these numbers, in the order of their start (see `Prefilter`)."""

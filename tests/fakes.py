@@ -89,8 +89,8 @@ class FakeUpstream:
 
     A request takes the first of `queue`, else the script of its model in `models`, else `script`; all three may be
     changed at any time. A grader's request (one token, with log-probabilities) takes no script: after `thinking`
-    seconds it is answered from `yes`, P(yes) or a function of the request. `url` is what an OpenAI SDK takes as its
-    base URL.
+    seconds it is answered from `yes`, P(yes) or a function of the request. Embeddings are answered with `vectors`, the
+    body as it is; without them there is no such route. `url` is what an OpenAI SDK takes as its base URL.
     """
 
     def __init__(self, script: Script | None = None, yes: float | Callable[[Seen], float] = 0.0, port: int = 0):
@@ -98,11 +98,13 @@ class FakeUpstream:
         self.models: dict[str, Script] = {}
         self.queue: deque[Script] = deque()
         self.yes, self.thinking = yes, 0.0
+        self.vectors: bytes | None = None
         self.requests: list[Seen] = []
         self._closing = False
         app = web.Application(client_max_size=64 << 20)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._chat)
+        app.router.add_post("/v1/embeddings", self._embeddings)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/health", self._health)
         self._server = _Loopback(app, port)
@@ -139,6 +141,12 @@ class FakeUpstream:
     async def _models(self, request: web.Request) -> web.Response:
         names = list(self.models) or ["fake"]
         return web.json_response({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
+
+    async def _embeddings(self, request: web.Request) -> web.Response:
+        if self.vectors is None:
+            raise web.HTTPNotFound
+        self.requests.append(Seen(await request.json(), request.headers.copy()))
+        return web.Response(body=self.vectors, content_type="application/json")
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         seen = Seen(await request.json(), request.headers.copy())
@@ -227,9 +235,35 @@ def _frame(data: Json) -> bytes:
 
 
 def _completion(seen: Seen, script: Script, **choice: Any) -> Json:
-    message = {"role": "assistant", "content": script.text}
-    choices = [{"index": 0, "message": message, "finish_reason": script.finish_reason} | choice]
+    message, cut = _message(seen, script)
+    choices = [{"index": 0, "message": message, "finish_reason": "length" if cut else script.finish_reason} | choice]
     return _head(seen, "chat.completion") | {"choices": choices, "usage": _usage(seen, script)}
+
+
+def _message(seen: Seen, script: Script) -> tuple[Json, bool]:
+    """(the deltas as one message, whether the request's limit has cut it off); a piece counts as a token."""
+    pieces = [delta for delta in script.deltas if isinstance(delta, str)]
+    limit = seen.body.get("max_tokens") or math.inf
+    cut = bool(pieces) and len(pieces) > limit
+    text = script.text if script.tokens else "".join(pieces[: int(limit)] if cut else pieces)
+    message: Json = {"role": "assistant", "content": text}
+    for delta in (delta for delta in script.deltas if isinstance(delta, dict)):
+        for name, value in delta.items():
+            if name == "tool_calls":
+                _add_calls(message.setdefault(name, []), value or ())
+            elif isinstance(value, str) and name != "role":
+                message[name] = (message.get(name) or "") + value
+    return message, cut
+
+
+def _add_calls(calls: list[Json], pieces: Sequence[Json]) -> None:
+    for place, piece in enumerate(pieces):
+        number, function = piece.get("index", place), piece.get("function") or {}
+        while len(calls) <= number:
+            calls.append({"id": f"call_{len(calls)}", "type": "function", "function": {"name": "", "arguments": ""}})
+        for name, value in function.items():
+            whole = value if isinstance(value, str) else json.dumps(value)
+            calls[number]["function"][name] += whole
 
 
 def _graded(seen: Seen, yes: float) -> Json:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from openai import AsyncOpenAI
 from openai.types.chat import ChatCompletion
 from pydantic import SecretStr
 
+from app.admin import create_admin_app
 from app.main import create_app
 from app.records import KeyScope, Tenant, Turn, WhenStoreFails
 from app.service import Service
@@ -148,9 +149,13 @@ persona = "You talk."
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """A running gateway: where it is, its parts, a client's key and an operator's."""
+    """A running gateway: where it is, its parts, a client's key and an operator's.
+
+    operators is where the admin port listens; `raw` and `json` find by the path which of the two it must be.
+    """
 
     base: str
+    operators: str
     service: Service
     http: aiohttp.ClientSession
     upstream: FakeUpstream
@@ -183,7 +188,8 @@ class Gateway:
         """(status, headers in small letters, body) of any request; `key=""` sends none."""
         key = self.key if key is None else key
         sent = ({"authorization": f"Bearer {key}"} if key else {}) | (headers or {})
-        async with self.http.request(method, f"{self.base}{path}", headers=sent, **more) as answer:
+        base = self.operators if path.startswith(("/admin", "/metrics")) else self.base
+        async with self.http.request(method, f"{base}{path}", headers=sent, **more) as answer:
             return answer.status, {name.lower(): value for name, value in answer.headers.items()}, await answer.read()
 
     async def json(self, method: str, path: str, **more: Any) -> tuple[int, dict[str, Any]]:
@@ -244,8 +250,8 @@ def settings(home: Path, engine: str, **changes: Any) -> Settings:
 
 
 def webhook(url: str) -> WebhookSettings:
-    """Settings that announce tickets there."""
-    return WebhookSettings(url=url, secret=SecretStr(SECRET))
+    """Settings that announce tickets there, on loopback."""
+    return WebhookSettings(url=url, secret=SecretStr(SECRET), allow=["127.0.0.0/8"])
 
 
 @asynccontextmanager
@@ -255,12 +261,15 @@ async def running(
     """A gateway on loopback before this engine, which gets `start` seconds; `changes` go to the settings."""
     chosen = changes.pop("settings", None) or settings(home, upstream.url, **changes)
     app = create_app(chosen)
-    async with serve(app) as base, aiohttp.ClientSession() as http:
+    async with AsyncExitStack() as stack:
+        base = await stack.enter_async_context(serve(app))
         service: Service = app.state.service
+        operators = await stack.enter_async_context(serve(create_admin_app(app, service.metrics), lifespan="off"))
+        http = await stack.enter_async_context(aiohttp.ClientSession())
         key, admin = [(await service.store.add_key("default", scope))[1] for scope in ("client", "admin")]
         if ready:
             assert await service.engine.wait(start) == "ready"
-        yield Gateway(base, service, http, upstream, key, admin, service.engine.model)
+        yield Gateway(base, operators, service, http, upstream, key, admin, service.engine.model)
 
 
 def free_port() -> int:

@@ -14,7 +14,7 @@ import pytest
 from packaging.requirements import Requirement
 from pydantic import BaseModel
 
-from app.settings import GuardModelSettings, Settings
+from app.settings import GuardModelSettings, ModelSettings, PoolEngineSettings, PoolSettings, Settings
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("app", "guardrails", "alignment")
@@ -89,9 +89,19 @@ def test_every_setting_and_nothing_else_is_in_the_example_file(tmp_path: Path, m
 def test_the_example_file_gives_the_true_defaults() -> None:
     examples = {"home", "database", "policies", "engine.url", "engine.api_key", "engine.python", "engine.args"}
     examples |= {"secret", "webhook.url", "webhook.secret", "vault.secret", "vault.old_secrets"}
+    examples |= {"admin.port", *(f"auth.oidc.{key}" for key in ("issuer", "audience", "jwks_url", "tenants"))}
     examples |= {f"guard_models.qwen.{key}" for key in ("url", "model", "kind", "api_key")}
     uncommented = tomllib.loads(_uncommented())
-    defaults = Settings.model_construct(guard_models={"qwen": GuardModelSettings.model_construct()})
+    examples |= {f"pools.qwen.{key}_timeout" for key in ("first_token", "idle", "total")} | {"pools.qwen.in_flight"}
+    examples |= {f"pools.qwen.engines.qwen.{key}" for key in ("url", "api_key")}
+    examples |= {f"models.qwen.{key}" for key in ("pool", "model")}
+    examples |= {f"models.qwen.{kind}.{key}" for kind in ("canary", "shadow") for key in ("pool", "model")}
+    pool = PoolSettings.model_construct(engines={"qwen": PoolEngineSettings.model_construct()})
+    defaults = Settings.model_construct(
+        guard_models={"qwen": GuardModelSettings.model_construct()},
+        pools={"qwen": pool},
+        models={"qwen": ModelSettings.model_construct()},
+    )
     said = {key: value for key, value in _values(uncommented) if key not in examples}
     assert said == {key: _attribute(defaults, key) for key in said}
 

@@ -1,15 +1,23 @@
 """What is kept: tenants, keys, turns with every verdict, tickets, feedback, policies, the webhook outbox, audit."""
 
-from app.store.audit import AuditEntry
+from app.store.audit import Audited, AuditEntry, Break
+from app.store.chain import Head, read_head
 from app.store.database import migrate
 from app.store.errors import Conflict, NotFound, SpillFull, StoreDown, StoreError
+from app.store.exports import Cleaned
+from app.store.privacy import Erased
 from app.store.spill import Replayed
 from app.store.store import Store
 from app.store.vault import Owner, Sealed
 
 __all__ = [
     "AuditEntry",
+    "Audited",
+    "Break",
+    "Cleaned",
     "Conflict",
+    "Erased",
+    "Head",
     "NotFound",
     "Owner",
     "Replayed",
@@ -19,4 +27,5 @@ __all__ = [
     "StoreDown",
     "StoreError",
     "migrate",
+    "read_head",
 ]

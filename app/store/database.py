@@ -8,14 +8,17 @@ import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
+import orjson
 from alembic.config import Config
 from alembic.runtime.environment import EnvironmentContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Insert, Table, event, text
+from sqlalchemy import JSON, Boolean, Connection, Float, Insert, Integer, Table, event, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -23,7 +26,9 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
+from app.sealing import Seals
 from app.store.errors import Conflict, StoreDown, StoreError
+from app.store.tables import Moment
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -33,7 +38,17 @@ BUSY_SECONDS = 5.0
 """How long SQLite waits for another process's lock, and a PostgreSQL connection for the server."""
 PATIENCE = 10.0
 """Seconds that one transaction may take before the database counts as down."""
+COMPACT_BUSY = 60.0
+"""How long a rewrite of an SQLite file waits for other processes' readers and writers."""
 MIGRATION_LOCK = 0x6E6577656C  # "newel"
+_FROM_JSON: tuple[tuple[type, tuple[str, str]], ...] = (
+    (Moment, ("text", "({} || '+00')::timestamptz")),
+    (JSON, ("text", "{}::json")),
+    (Boolean, ("boolean", "{}")),
+    (Integer, ("bigint", "{}")),
+    (Float, ("double precision", "{}")),
+)
+"""How PostgreSQL reads the value of a column that stands in JSON: its type there, and what is made of it."""
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgres": "postgresql+psycopg", "postgresql": "postgresql+psycopg"}
 
 
@@ -119,8 +134,9 @@ class Database:
 
     __slots__ = ("_engine", "_line", "_running", "_writer")
 
-    def __init__(self, url: URL):
+    def __init__(self, url: URL, seals: Seals):
         self._engine = connect(url)
+        self._engine.sync_engine.update_execution_options(newel_seals=seals)
         self._writer = self._engine.execution_options(newel_begin="IMMEDIATE")
         # SQLite has one writer: to wait in line here is fair and costs no thread, its own busy loop is neither
         self._line = asyncio.Lock() if url.drivername == "sqlite+aiosqlite" else None
@@ -143,6 +159,32 @@ class Database:
         """Closes every connection, after what is running has ended."""
         await asyncio.gather(*self._running, return_exceptions=True)
         await self._engine.dispose()
+
+    async def compact(self, whole: bool) -> bool:
+        """True when what was deleted is neither in the file nor in the write-ahead log of an SQLite database any more.
+
+        whole: rewrites the file. `secure_delete` overwrites rows, not the copies of them that SQLite leaves in gaps
+        when it moves rows within and between pages. Writers wait meanwhile. False while a reader holds on to the log.
+        On PostgreSQL, whose files are the server's, there is nothing to do here.
+        """
+        if self._line is None:
+            return True
+        with our_errors():
+            async with self._line:
+                return await asyncio.shield(asyncio.create_task(self._rewrite(whole)))
+
+    async def _rewrite(self, whole: bool) -> bool:
+        options = {"isolation_level": "AUTOCOMMIT", "connect_args": {"timeout": COMPACT_BUSY}}
+        engine = create_async_engine(self._engine.url, hide_parameters=True, **options)  # no transaction around these
+        try:
+            async with engine.connect() as connection:
+                await connection.exec_driver_sql("PRAGMA secure_delete=ON")
+                if whole:
+                    await connection.exec_driver_sql("VACUUM")
+                busy, *_ = (await connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")).one()
+                return not busy
+        finally:
+            await engine.dispose()
 
     @asynccontextmanager
     async def _place_in_line(self) -> AsyncIterator[None]:
@@ -174,6 +216,12 @@ class Database:
                 raise
 
 
+def seals_of(connection: AsyncConnection) -> Seals:
+    """What seals texts and signs the head of the audit log, in the transactions of a store."""
+    seals: Seals = connection.sync_connection.get_execution_options()["newel_seals"]  # type: ignore[union-attr]
+    return seals
+
+
 def _report(task: asyncio.Task[Any]) -> None:
     """Tells of a transaction that failed after its caller had gone."""
     if not task.cancelled() and (error := task.exception()) is not None:
@@ -203,10 +251,60 @@ async def upsert(connection: AsyncConnection, table: Table, row: dict[str, Any],
     await connection.execute(_insert(connection.dialect.name, table, changes), row)
 
 
-async def migrate(url: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Bulk:
+    """An insert of many rows in one statement: of a row whose key is there it sets `changes` if `where` is true.
+
+    A row is a tuple of the values of `columns`, as the driver takes them, past SQLAlchemy. Texts have to be `storable`,
+    JSON is text, times are as `moment` gives them. In SQL `old.` and `new.` are the two rows.
+    """
+
+    table: Table
+    columns: tuple[str, ...]
+    changes: tuple[str, ...] = ()
+    where: str = "true"
+
+
+def moment(time: datetime) -> str:
+    """The time as `Bulk` takes it: `YYYY-MM-DD HH:MM:SS.ffffff`, in UTC, as it stands in SQLite."""
+    return time.astimezone(UTC).isoformat(" ", "microseconds")[:26]
+
+
+@cache
+def _bulk(dialect: str, bulk: Bulk) -> str:
+    quoted = [f'"{name}"' for name in bulk.columns]
+    key = ", ".join(f'"{column.name}"' for column in bulk.table.primary_key)
+    into = f"INSERT INTO {bulk.table.name} AS old ({', '.join(quoted)})"
+    then = f"DO UPDATE SET {', '.join(bulk.changes)} WHERE {bulk.where}" if bulk.changes else "DO NOTHING"
+    then = f"ON CONFLICT ({key}) {then}".replace("new.", "excluded.")
+    if dialect == "sqlite":
+        return f"{into} VALUES ({', '.join('?' * len(quoted))}) {then}"
+    shape, values = [], []
+    for name in bulk.columns:
+        column = bulk.table.c[name].type
+        kind, cast = next((how for type, how in _FROM_JSON if isinstance(column, type)), ("text", "{}"))
+        shape.append(f'"{name}" {kind}')
+        values.append(cast.format(f'given."{name}"'))
+    given = f"json_to_recordset(%s::json) AS given({', '.join(shape)})"
+    return f"{into} SELECT {', '.join(values)} FROM {given} {then}"  # noqa: S608 - names of our own tables
+
+
+async def insert_many(connection: AsyncConnection, bulk: Bulk, rows: Sequence[tuple[Any, ...]]) -> int:
+    """How many of `rows` were inserted or changed, in one statement."""
+    if not rows:
+        return 0
+    sql = _bulk(connection.dialect.name, bulk)
+    if connection.dialect.name == "sqlite":
+        return (await connection.exec_driver_sql(sql, list(rows))).rowcount
+    body = orjson.dumps([dict(zip(bulk.columns, row, strict=True)) for row in rows]).decode()
+    return (await connection.exec_driver_sql(sql, (body,))).rowcount
+
+
+async def migrate(url: str, seals: Seals | None = None) -> None:
     """Brings the database at `url` to this version's tables, making an SQLite file (0600) where there is none.
 
-    Any number of processes may call it at once: one works, the others wait. Raises StoreDown.
+    `seals` sign the head of an audit log that an earlier version wrote; without them it is left unsigned. Any number of
+    processes may call it at once: one works, the others wait. Raises StoreDown.
     """
     parsed = database_url(url)
     engine = connect(parsed, busy=600.0)
@@ -215,7 +313,7 @@ async def migrate(url: str) -> None:
             async with _alone(parsed), engine.execution_options(newel_begin="IMMEDIATE").begin() as connection:
                 if connection.dialect.name == "postgresql":
                     await connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": MIGRATION_LOCK})
-                await connection.run_sync(_upgrade)
+                await connection.run_sync(_upgrade, seals)
         finally:
             await engine.dispose()
 
@@ -247,8 +345,9 @@ async def _write_ahead(url: URL) -> None:
         await engine.dispose()
 
 
-def _upgrade(connection: Connection) -> None:
+def _upgrade(connection: Connection, seals: Seals | None) -> None:
     config = Config()
+    config.attributes["seals"] = seals
     config.set_main_option("script_location", str(MIGRATIONS))
     config.set_main_option("path_separator", "os")
     script = ScriptDirectory.from_config(config)

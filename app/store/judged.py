@@ -46,23 +46,25 @@ async def page(
     opinions = await _opinions(connection, ids)
     withheld = await _withheld(connection, ids)
     answers = {ticket.turn: ticket.answer for ticket in await tickets.load(connection, tables.tickets.c.turn.in_(ids))}
-    found = await turns.load(connection, table.c.id.in_(ids))
-    said = {reply.turn: reply for reply in await _replies(connection, found)}
+    torn: set[str] = set()
+    found = await turns.load(connection, table.c.id.in_(ids), torn=torn)
+    said = {reply.turn: reply for reply in await _replies(connection, found, torn)}
     return [
         _judged(turn, said[turn.id], opinions.get(turn.id, ()), answers.get(turn.id, ""), withheld) for turn in found
     ]
 
 
-async def _replies(connection: AsyncConnection, found: list[Turn]) -> list[Reply]:
+async def _replies(connection: AsyncConnection, found: list[Turn], torn: set[str]) -> list[Reply]:
     """What was said in these turns; nothing where a person's answer to an earlier ticket was said along with it.
 
-    A turn with tools gives nothing at all: a record for training is a conversation without them.
+    A turn with tools gives nothing at all: a record for training is a conversation without them. Nor does a turn whose
+    history is `torn`: what it answered is not known any more.
     """
     news = tables.tickets.c.delivered_in
     mixed = set((await connection.execute(select(news).where(news.in_([turn.id for turn in found])))).scalars())
     return [
         Reply(turn.id, (), "")
-        if turn.uses_tools
+        if turn.uses_tools or turn.id in torn
         else Reply(turn.id, (*turn.history, Message("user", turn.asked)), "" if turn.id in mixed else turn.said)
         for turn in found
     ]
@@ -93,8 +95,9 @@ async def _opinions(connection: AsyncConnection, ids: list[str]) -> dict[str, tu
     query = select(*FEEDBACK).where(table.c.turn.in_(ids), table.c.current).order_by(table.c.created_at, table.c.id)
     said = [Feedback(**row) for row in (await connection.execute(query)).mappings()]
     compared = {one.other for one in said if one.other}
-    found_others = await turns.load(connection, tables.turns.c.id.in_(compared))
-    others = {reply.turn: reply for reply in await _replies(connection, found_others)}
+    torn: set[str] = set()
+    found_others = await turns.load(connection, tables.turns.c.id.in_(compared), torn=torn)
+    others = {reply.turn: reply for reply in await _replies(connection, found_others, torn)}
     found: dict[str, tuple[Opinion, ...]] = {}
     for one in said:
         opinion = Opinion(one.kind, one.value, one.text, one.choice, others.get(one.other))
@@ -107,6 +110,7 @@ async def _withheld(connection: AsyncConnection, ids: list[str]) -> dict[tuple[s
     mine, all_turns, raw = tables.turns, tables.turns.alias(), tables.withheld
     together = and_(all_turns.c.tenant == mine.c.tenant, all_turns.c.conversation == mine.c.conversation)
     columns = (
+        all_turns.c.id,
         all_turns.c.tenant,
         all_turns.c.conversation,
         all_turns.c.asked,
@@ -121,7 +125,8 @@ async def _withheld(connection: AsyncConnection, ids: list[str]) -> dict[tuple[s
         .distinct()
     )
     found: dict[tuple[str, str], tuple[Withheld, ...]] = {}
-    for tenant, conversation, asked, said, kind, text in await connection.execute(query):
-        kept = Withheld(text, asked if kind == "asked" else said)
+    for id, tenant, conversation, asked, said, kind, text in await connection.execute(query):
+        raw_text = turns.unsealed(connection, tenant, id, kind, text)
+        kept = Withheld(raw_text, asked if kind == "asked" else said)
         found[tenant, conversation] = (*found.get((tenant, conversation), ()), kept)
     return found

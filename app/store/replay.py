@@ -40,7 +40,9 @@ async def logged(
     query = query if tenant is None else query.where(table.c.tenant == tenant)
     query = query if since is None else query.where(table.c.created_at >= since)
     newest = query.order_by(table.c.created_at.desc(), table.c.id.desc()).limit(last).subquery()
-    found = await turns.load(connection, table.c.id.in_(select(newest.c.id)))
+    torn: set[str] = set()  # a judgement of a part of a conversation would be compared with that of the whole
+    loaded = await turns.load(connection, table.c.id.in_(select(newest.c.id)), torn=torn)
+    found = [turn for turn in loaded if turn.id not in torn]
     raw = await _withheld(connection, found, actor)
     known = await _known(connection, found)
     return [
@@ -60,7 +62,9 @@ async def _withheld(connection: AsyncConnection, found: Sequence[Turn], actor: s
     ]
     for id in sorted({row.turn for row in rows}):
         await audit.write(connection, actor, "withheld.read", id, {"tenant": of[id], "reason": REASON})
-    return {(row.turn, row.kind): row.text for row in rows}
+    return {
+        (row.turn, row.kind): turns.unsealed(connection, of[row.turn], row.turn, row.kind, row.text) for row in rows
+    }
 
 
 async def _known(connection: AsyncConnection, found: Sequence[Turn]) -> set[tuple[str, str]]:

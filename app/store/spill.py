@@ -11,7 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from app.store.errors import SpillFull, StoreDown, StoreError
 MAX_BYTES = 16 * 2**20
 ASIDE = "aside.jsonl"
 """Where a replay puts lines that it cannot read or that the database does not take."""
+SLICE = 32
+"""Turns that are encoded before other tasks have their turn: about a millisecond."""
 _TURN = TypeAdapter(Turn)
 
 
@@ -69,6 +71,16 @@ def decode(line: bytes) -> Turn:
         raise ValueError(f"not a spilled turn: {type(error).__name__}") from None
 
 
+async def _encoded(some: Sequence[Turn]) -> bytes:
+    """The turns as lines; others have their turn in between."""
+    lines = []
+    for turn in some:
+        lines.append(encode(turn))
+        if len(lines) % SLICE == 0:
+            await asyncio.sleep(0)
+    return b"".join(lines)
+
+
 def _write(path: Path, lines: bytes) -> None:
     """Appends and syncs `lines`; after an error the file is as it was. A torn line before them is ended first."""
     fresh = not path.exists()
@@ -88,6 +100,25 @@ def _write(path: Path, lines: bytes) -> None:
         os.close(file)
     if fresh:
         _sync_folder(path.parent)
+
+
+def _goes(line: bytes, gone: Callable[[Turn], bool]) -> bool:
+    try:
+        return gone(decode(line))
+    except ValueError:
+        return True
+
+
+def _replace(path: Path, lines: bytes) -> None:
+    """Puts `lines` in the place of a file, or nothing where there are none."""
+    if lines:
+        part = path.with_name(f".{path.name}.part")
+        part.unlink(missing_ok=True)
+        _write(part, lines)
+        part.rename(path)
+    else:
+        path.unlink()
+    _sync_folder(path.parent)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -113,15 +144,25 @@ class Spill:
         except OSError as error:
             raise SpillFull(f"the spill folder {folder} cannot be used: {error.strerror}") from error
 
-    async def append(self, turn: Turn) -> None:
-        """Returns when the turn is on the disk; raises SpillFull when it cannot be."""
+    async def append(self, *some: Turn) -> None:
+        """Returns when the turns are on the disk, all of them; raises SpillFull when they cannot be, and none is."""
+        lines = await _encoded(some)
         async with self._order:
             try:
-                await asyncio.to_thread(self._append, encode(turn))
+                await asyncio.to_thread(self._append, lines)
             except OSError as error:
-                message = f"turn {turn.id} cannot be spilled to {self._folder}: {error.strerror}; make room there"
+                names = f"turn {some[0].id}" if len(some) == 1 else f"{len(some)} turns"
+                message = f"{names} cannot be spilled to {self._folder}: {error.strerror}; make room there"
                 raise SpillFull(message) from error
-            self.waiting += 1
+            self.waiting += len(some)
+
+    async def put_aside(self, turn: Turn) -> None:
+        """Keeps a turn that the database does not take, beside the lines that a replay has put away."""
+        async with self._order:
+            try:
+                await asyncio.to_thread(_write, self._folder / ASIDE, encode(turn))
+            except OSError as error:
+                raise SpillFull(f"turn {turn.id} cannot be put aside in {self._folder}: {error.strerror}") from error
 
     async def replay(self, put: Callable[[Turn], Awaitable[int]]) -> Replayed:
         """What became of the waiting turns, each given to `put` (how many rows it wrote: 0 for a known turn).
@@ -139,6 +180,31 @@ class Spill:
         except OSError as error:
             raise SpillFull(f"the spill folder {self._folder} cannot be replayed: {error.strerror}") from error
         return done
+
+    @property
+    def aside(self) -> bool:
+        """True when something was put aside."""
+        return (self._folder / ASIDE).exists()
+
+    async def remove(self, gone: Callable[[Turn], bool]) -> int:
+        """How many lines were taken out, of those put aside, too: the turns for which `gone` says so, and what nobody
+        can read, since nobody can tell whose that is. Waits for a replay to end; raises SpillFull."""
+        try:
+            return await asyncio.to_thread(self._remove, gone)
+        except OSError as error:
+            raise SpillFull(f"the spill folder {self._folder} cannot be cleaned: {error.strerror}") from error
+
+    def _remove(self, gone: Callable[[Turn], bool]) -> int:
+        removed = 0
+        with self._locked("replay.lock"), self._locked("append.lock"):
+            for path in (path for ending in ("jsonl", "replaying") for path in self._folder.glob(f"*.{ending}")):
+                lines = path.read_bytes().splitlines(keepends=True)
+                kept = [line for line in lines if not _goes(line, gone)]
+                removed += len(lines) - len(kept)
+                if len(kept) < len(lines):
+                    _replace(path, b"".join(kept))
+            self.waiting = self._count()
+        return removed
 
     async def _replay_file(self, path: Path, put: Callable[[Turn], Awaitable[int]]) -> Replayed:
         done, aside = Replayed(), b""

@@ -4,36 +4,60 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from alignment.records import Judged
 from app.records import (
+    NO_LIMITS,
     Delivery,
     DeliveryState,
     Feedback,
     Key,
+    KeyLimits,
     KeyScope,
     PolicyVersion,
+    Retention,
+    RetentionKind,
     Tenant,
     Ticket,
     TicketState,
     Turn,
     now,
 )
-from app.store import access, audit, feedback, judged, outbox, policies, replay, tables, tickets, turns, vault
-from app.store.audit import AuditEntry
+from app.sealing import Seals, secret_in
+from app.store import (
+    access,
+    audit,
+    exports,
+    feedback,
+    judged,
+    outbox,
+    person,
+    policies,
+    privacy,
+    replay,
+    tables,
+    tickets,
+    turns,
+    vault,
+)
+from app.store.audit import Audited, AuditEntry
+from app.store.chain import Head
 from app.store.database import Database, database_url, migrate, upsert
-from app.store.errors import SpillFull, StoreDown
+from app.store.erasure import Whose
+from app.store.errors import NotFound, SpillFull, StoreDown
+from app.store.privacy import Erased
 from app.store.replay import Logged
 from app.store.spill import Replayed, Spill
 from app.store.turns import WithheldKind
 from app.store.vault import Owner, Sealed
+from app.store.writer import DELAY, TurnWriter
 
 log = logging.getLogger(__name__)
 REMEMBERED_KEYS = 10_000
@@ -49,22 +73,31 @@ class Store:
     are opaque; those that come from a client should be bounded (PostgreSQL indexes no more than 2,704 bytes).
     """
 
-    __slots__ = ("_db", "_known_keys", "_replaying", "_spill")
+    __slots__ = ("_db", "_known_keys", "_replaying", "_seals", "_spill", "writer")
 
-    def __init__(self, database: Database, spill: Spill):
-        self._db, self._spill = database, spill
+    def __init__(self, database: Database, spill: Spill, seals: Seals, delay: float = DELAY):
+        self._db, self._spill, self._seals = database, spill, seals
         self._known_keys: dict[str, tuple[Key, Tenant]] = {}
         self._replaying: asyncio.Task[None] | None = None
+        self.writer = TurnWriter(database, self._spill_all, self._put_aside, delay)
+        """What writes the turns that are logged: see there for what to watch."""
 
     @classmethod
-    async def open(cls, url: str, spill: Path) -> Self:
+    async def open(cls, url: str, spill: Path, delay: float = DELAY, secrets: Sequence[bytes] = ()) -> Self:
         """A store on the migrated database at `url`, with what waited in the folder `spill` replayed into it.
+
+        delay: seconds that a logged turn may wait, to be written with others. secrets: what withheld texts are sealed
+        and the audit log is signed with, the first one now, the others before (`app.sealing.sealing_secrets`); else
+        the file `secret` beside the spill, which is made.
 
         Raises ValueError for a URL it does not speak, StoreDown, and SpillFull when the folder cannot be written.
         """
-        await migrate(url)
-        store = cls(Database(database_url(url)), await asyncio.to_thread(Spill, spill))
+        database_url(url)
+        seals = Seals(secrets or [await asyncio.to_thread(secret_in, spill.parent)])
+        await migrate(url, seals)
+        store = cls(Database(database_url(url), seals), await asyncio.to_thread(Spill, spill), seals, delay)
         try:
+            await privacy.seal(store._db, everything=False)
             await store.replay()
         except BaseException:
             await store.close()
@@ -72,12 +105,18 @@ class Store:
         return store
 
     async def close(self) -> None:
-        """Ends the background replay and closes all connections; what is spilled stays for the next start."""
+        """Writes what was logged and closes all connections; what is spilled stays for the next start."""
+        await self.writer.close()
         if self._replaying is not None:
             self._replaying.cancel()
             with suppress(asyncio.CancelledError):
                 await self._replaying
         await self._db.close()
+
+    @property
+    def database(self) -> Database:
+        """The database itself, for what keeps rows of its own there: limits, idempotency keys."""
+        return self._db
 
     async def ping(self) -> None:
         """Returns when a row could be written and committed; raises StoreDown."""
@@ -86,9 +125,9 @@ class Store:
 
     # --- tenants and keys
 
-    async def put_tenant(self, tenant: Tenant) -> None:
-        """Makes a tenant, or changes its policy and settings."""
-        await self._db.write(lambda connection: access.put_tenant(connection, tenant))
+    async def put_tenant(self, tenant: Tenant, by: str = "newel") -> None:
+        """Makes a tenant, or changes its policy and settings; audited where something changes."""
+        await self._db.write(lambda connection: access.put_tenant(connection, tenant, by))
 
     async def tenant(self, name: str) -> Tenant | None:
         """The tenant of this name."""
@@ -98,12 +137,14 @@ class Store:
         """All tenants, by name."""
         return await self._db.read(access.tenants)
 
-    async def add_key(self, tenant: str, scope: KeyScope = "client", note: str = "") -> tuple[Key, str]:
-        """(the key as stored, its secret): the secret cannot be read again."""
-        return await self._db.write(lambda connection: access.add_key(connection, tenant, scope, note))
+    async def add_key(
+        self, tenant: str, scope: KeyScope = "client", note: str = "", limits: KeyLimits = NO_LIMITS, by: str = "newel"
+    ) -> tuple[Key, str]:
+        """(the key as stored, its secret): the secret cannot be read again. Audited."""
+        return await self._db.write(lambda connection: access.add_key(connection, tenant, scope, note, limits, by))
 
     async def key(self, secret: str) -> tuple[Key, Tenant] | None:
-        """The key with this secret and its tenant; None when there is none or it was revoked.
+        """The key with this secret and its tenant; None when there is none, or it was revoked or has expired.
 
         While the database is down a key that was good when it was last seen is still good: only so can a tenant
         whose `when_store_fails` is "answer" be answered.
@@ -114,7 +155,7 @@ class Store:
         except StoreDown:
             if (known := self._known_keys.get(digest)) is None:
                 raise
-            return known
+            return known if known[0].good(now()) else None
         self._known_keys.pop(digest, None)
         if found is not None:
             self._known_keys[digest] = found
@@ -122,9 +163,9 @@ class Store:
                 del self._known_keys[next(iter(self._known_keys))]
         return found
 
-    async def revoke_key(self, id: str) -> None:
-        """Ends a key; raises NotFound."""
-        await self._db.write(lambda connection: access.revoke_key(connection, id))
+    async def revoke_key(self, id: str, by: str = "newel") -> None:
+        """Ends a key, audited; raises NotFound."""
+        await self._db.write(lambda connection: access.revoke_key(connection, id, by))
 
     async def keys(self) -> list[Key]:
         """All keys, oldest first, revoked ones too."""
@@ -132,8 +173,26 @@ class Store:
 
     # --- turns
 
+    def log(self, turn: Turn) -> None:
+        """Queues the turn, to be written with others; at its begin, and again when it has ended. See `TurnWriter.log`.
+
+        What this process has logged its look-ups see at once.
+        """
+        self.writer.log(turn)
+
+    async def flush(self) -> None:
+        """Returns when all that was logged before is in the database or the spill; raises SpillFull."""
+        await self.writer.flush()
+
+    async def keep(self, turn: Turn) -> None:
+        """Logs the turn and returns when it is in the database or the spill; raises StoreError when it is in neither.
+
+        For a turn whose client is told that it is on record: one with a ticket, or with texts that a person will need.
+        """
+        await self.writer.keep(turn)
+
     async def begin(self, turn: Turn) -> None:
-        """Stores the turn as open: what was asked, and what the input guard decided."""
+        """Stores the turn as open, in a transaction of its own: what was asked, and what the input guard decided."""
         await self._db.write(lambda connection: turns.begin(connection, turn))
 
     async def finish(self, turn: Turn) -> None:
@@ -145,17 +204,35 @@ class Store:
 
     async def turn(self, id: str, tenant: str) -> Turn | None:
         """The turn as the client saw it, without what was withheld."""
+        await self._written(lambda one: one.id == id)
         where = (tables.turns.c.tenant == tenant, tables.turns.c.id == id)
         return next(iter(await self._db.read(lambda connection: turns.load(connection, *where))), None)
 
-    async def turns(self, conversation: str, tenant: str) -> list[Turn]:
-        """The turns of a conversation, oldest first, without what was withheld."""
+    async def turns(self, conversation: str, tenant: str, last: int | None = None) -> list[Turn]:
+        """The turns of a conversation, or the `last` ones, oldest first, without what was withheld."""
+        await self._written(lambda one: one.conversation == conversation)
         where = (tables.turns.c.tenant == tenant, tables.turns.c.conversation == conversation)
-        return await self._db.read(lambda connection: turns.load(connection, *where))
+        return await self._db.read(lambda connection: turns.load(connection, *where, last=last))
+
+    async def turn_after(self, tenant: str, tail_hash: str) -> tuple[str, str] | None:
+        """(id, conversation) of the tenant's newest turn that ended with this hash: what a resent history continues.
+
+        Of turns with the same hash that several processes wrote it may be the last one of this process.
+        """
+        if (known := self.writer.ended_with(tenant, tail_hash)) is not None:
+            return known
+        return await self._db.read(lambda connection: turns.ended_with(connection, tenant, tail_hash))
 
     async def conversation_after(self, tenant: str, tail_hash: str) -> str | None:
-        """The conversation of the tenant's newest turn that ended with this hash: where a resent history belongs."""
-        return await self._db.read(lambda connection: turns.conversation_after(connection, tenant, tail_hash))
+        """The conversation of that turn: where a resent history belongs."""
+        found = await self.turn_after(tenant, tail_hash)
+        return None if found is None else found[1]
+
+    async def _written(self, which: Callable[[Turn], bool] = lambda _: True) -> None:
+        """Returns when no such turn waits to be written, or when it cannot be written now."""
+        if self.writer.waiting and self.writer.any(which):
+            with suppress(SpillFull):
+                await self.writer.flush()
 
     async def open_turns(self, before: datetime) -> list[str]:
         """The ids of the turns that began before this moment and never finished; they are interrupted now.
@@ -169,6 +246,7 @@ class Store:
 
         Raises NotFound, and ValueError without an actor and a reason.
         """
+        await self._written(lambda one: one.id == turn)
         return await self._db.write(lambda connection: turns.read_withheld(connection, turn, tenant, actor, reason))
 
     # --- the vault: values behind placeholders, encrypted by `app.vault`
@@ -206,7 +284,10 @@ class Store:
 
         May be called with the turn as it was to begin, and again when it is finished.
         """
-        await self._spill.append(turn)
+        await self._spill_all([turn])
+
+    async def _spill_all(self, some: Sequence[Turn]) -> None:
+        await self._spill.append(*map(self._seals.sealed, some))
         if self._replaying is None or self._replaying.done():
             self._replaying = asyncio.create_task(self._keep_replaying(), name="newel-replay")
 
@@ -228,8 +309,12 @@ class Store:
         """How many spilled turns wait for the database, for a gauge."""
         return self._spill.waiting
 
+    async def _put_aside(self, turn: Turn) -> None:
+        await self._spill.put_aside(self._seals.sealed(turn))
+
     async def _restore(self, turn: Turn) -> int:
-        ended = bool(turn.finish_reason or turn.error or turn.total_ms is not None)
+        turn = self._seals.unsealed(turn)
+        ended = turn.ended or bool(turn.error)
         return await self._db.write(lambda connection: (turns.finish if ended else turns.begin)(connection, turn))
 
     async def _keep_replaying(self) -> None:
@@ -248,6 +333,7 @@ class Store:
         self, tenant: str | None = None, state: TicketState | None = None, limit: int = 1000
     ) -> list[Ticket]:
         """Up to `limit` tickets, the one that is due first first."""
+        await self._written(lambda one: one.ticket is not None)
         table = tables.tickets
         where = [table.c.tenant == tenant] if tenant is not None else []
         where += [table.c.state == state] if state is not None else []
@@ -255,19 +341,23 @@ class Store:
 
     async def ticket(self, id: str, tenant: str | None = None) -> Ticket | None:
         """The ticket; with `tenant` only that tenant's."""
+        await self._written(lambda one: one.ticket is not None)
         where = [tables.tickets.c.id == id, *([tables.tickets.c.tenant == tenant] if tenant is not None else [])]
         return next(iter(await self._db.read(lambda connection: tickets.load(connection, *where))), None)
 
     async def answer_ticket(self, id: str, answer: str, by: str) -> Ticket:
         """The ticket with its answer, once; raises NotFound, or Conflict with who answered or closed it and when."""
+        await self._written(lambda one: one.ticket is not None)
         return await self._db.write(lambda connection: tickets.answer(connection, id, answer, by))
 
     async def close_ticket(self, id: str, by: str) -> Ticket:
         """The ticket, closed; raises NotFound, or Conflict with who closed it and when."""
+        await self._written(lambda one: one.ticket is not None)
         return await self._db.write(lambda connection: tickets.close(connection, id, by))
 
     async def open_ticket_of(self, tenant: str, conversation: str) -> Ticket | None:
         """The open ticket of a conversation; of several the one that is due first."""
+        await self._written(lambda one: one.ticket is not None)
         table = tables.tickets
         where = (table.c.tenant == tenant, table.c.conversation == conversation, table.c.state == "open")
         return next(iter(await self._db.read(lambda connection: tickets.load(connection, *where, limit=1))), None)
@@ -316,8 +406,20 @@ class Store:
 
         The same key and body, or without a key the same body again, gives the first one. Another body from the same
         source on the same thing takes its place, and both are kept. Raises NotFound, or Conflict for a reused key.
+
+        Another gateway may have answered, and not have written the turn yet: it is looked for a little longer.
         """
-        return await self._db.write(lambda connection: feedback.add(connection, said, idempotency_key))
+        named = {id for one in said for id in (one.turn, one.other)}
+        await self._written(lambda one: one.id in named)
+        delay = max(self.writer.delay, 0.001)
+        for pause in (delay, 2 * delay, 3 * delay, 4 * delay, None):
+            try:
+                return await self._db.write(lambda connection: feedback.add(connection, said, idempotency_key))
+            except NotFound:
+                if pause is None:
+                    raise
+            await asyncio.sleep(pause)
+        raise AssertionError  # not reached
 
     async def feedback(self, turn: str, tenant: str, history: bool = False) -> list[Feedback]:
         """What people say of a turn, oldest first; with `history` also what they said before."""
@@ -327,6 +429,7 @@ class Store:
         self, tenant: str | None = None, since: datetime | None = None, actor: str = "export"
     ) -> AsyncIterator[Judged]:
         """The turns that were judged at or after `since`, oldest first, for `alignment.collect`; that is audited."""
+        await self._written()
         detail = {"tenant": tenant, "since": since and since.isoformat()}
         await self.audit(actor, "turns.export", tenant or "*", detail)
         after: tuple[datetime, str] | None = None
@@ -344,6 +447,7 @@ class Store:
         self, actor: str, last: int, policy: str | None = None, tenant: str | None = None, since: datetime | None = None
     ) -> list[Logged]:
         """The `last` newest judged turns, oldest first, with their raw texts; that these are read is audited."""
+        await self._written()
         return await self._db.write(lambda connection: replay.logged(connection, actor, last, policy, tenant, since))
 
     # --- policies and audit
@@ -377,10 +481,71 @@ class Store:
         """Adds an audit entry: ids and names, never what people wrote."""
         await self._db.write(lambda connection: audit.write(connection, actor, action, subject, detail))
 
-    async def audit_log(self, limit: int = 100) -> list[AuditEntry]:
-        """The last `limit` audit entries, newest first."""
+    async def audit_log(self, limit: int = 100, before: int | None = None) -> list[AuditEntry]:
+        """The last `limit` audit entries, newest first; with `before` those before that place."""
+        return await self._db.read(lambda connection: audit.newest(connection, limit, before))
 
-        async def newest(connection: AsyncConnection) -> list[AuditEntry]:
-            return await audit.newest(connection, limit)
+    async def audit_head(self) -> Head:
+        """Where the audit log ends, to be kept elsewhere: with it a log that was cut or made anew is found out."""
+        return await self._db.read(audit.head)
 
-        return await self._db.read(newest)
+    async def verify_audit(self, kept: Head | None = None, after: Head | None = None) -> Audited:
+        """What a check of the whole audit log found, or of what came `after` a head that somebody looked into.
+
+        kept: a head that was taken earlier, which the log must contain.
+        """
+        return await audit.verify(self._db, kept, after)
+
+    # --- privacy: what is sealed, kept, and taken out
+
+    async def seal_withheld(self) -> int:
+        """How many withheld texts were sealed with another secret than the first and are now sealed with that."""
+        return await privacy.seal(self._db, everything=True)
+
+    async def erase(
+        self,
+        tenant: str,
+        *,
+        subject: str = "",
+        conversation: str = "",
+        actor: str,
+        reason: str,
+        source: str = "",
+        compact: bool = True,
+    ) -> Erased:
+        """What was removed of a person (`subject`, a pseudonym) or of a conversation: every text, for good; audited.
+
+        source: what the person is called as the source of feedback. compact: rewrites an SQLite file, in which copies
+        of deleted rows are left otherwise; writers wait meanwhile. Raises ValueError without an actor and a reason.
+        """
+        whose = Whose(tenant, subject, conversation)
+        return await privacy.erase(self._db, self._spill, whose, actor, reason, source, compact)
+
+    async def everything_of(
+        self, tenant: str, *, subject: str = "", conversation: str = "", actor: str, reason: str
+    ) -> dict[str, list[dict[str, Any]]]:
+        """All that is kept of a person or of a conversation, rows by table, withheld texts in clear; audited."""
+        whose = Whose(tenant, subject, conversation)
+        return await self._db.write(lambda connection: person.everything(connection, whose, actor, reason))
+
+    async def values_of(
+        self, tenant: str, *, subject: str = "", conversation: str = ""
+    ) -> list[tuple[Owner, Sealed]]:
+        """The sealed values that are kept of a person or of a conversation, and whose each is."""
+        whose = Whose(tenant, subject, conversation)
+        return await self._db.read(lambda connection: vault.of(connection, whose))
+
+    async def register_export(
+        self, folder: Path, tenant: str | None, by: str, lines: Iterable[tuple[str, str]]
+    ) -> None:
+        """Notes what the files in `folder` hold, (the turn that a line names, a turn whose words are in it) each, so
+        that an erasure can take it out of them."""
+        path = str(await asyncio.to_thread(folder.resolve))
+        await self._db.write(lambda connection: exports.register(connection, path, tenant, by, lines))
+
+    async def sweep(self, kept: Retention, dry: bool = False) -> dict[RetentionKind, int]:
+        """How much was too old, by kind, and is removed unless `dry`; in batches, between which others write.
+
+        Erasures that were cut off are finished, and files on this machine are rid of what was erased elsewhere.
+        """
+        return await privacy.sweep(self._db, self._spill, kept, dry)

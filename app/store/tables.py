@@ -11,6 +11,7 @@ from sqlalchemy import (
     Column,
     DateTime,
     Dialect,
+    Double,
     Float,
     ForeignKey,
     ForeignKeyConstraint,
@@ -27,6 +28,8 @@ from sqlalchemy.types import TypeDecorator
 
 def storable(value: str) -> str:
     """`value` as both databases can hold it: NUL and lone surrogates, legal in JSON, become U+FFFD."""
+    if value.isascii() and "\x00" not in value:
+        return value
     return value.replace("\x00", "\ufffd").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -98,6 +101,7 @@ keys = Table(
     _text("note"),
     _time("created_at"),
     _time("revoked_at", null=True),
+    Column("limits", JSON, nullable=True),
 )
 
 conversations = Table(
@@ -145,12 +149,24 @@ turns = Table(
     _text("head_hash"),
     _text("tail_hash"),
     _text("retry_of"),
+    _text("parent", null=True),
+    Column("linked", Boolean, nullable=True),
+    _text("release", null=True),
+    _text("surface", null=True),
+    _text("priority", null=True),
+    _text("trace", null=True),
+    Column("choice", Integer, nullable=True),
+    Column("cached_tokens", Integer, nullable=True),
     _time("created_at"),
     _time("finished_at", null=True),
     ForeignKeyConstraint(["tenant", "conversation"], ["conversations.tenant", "conversations.id"]),
     Index(None, "tenant", "conversation", "created_at"),
     Index(None, "tenant", "tail_hash", "created_at"),
 )
+"""`history` is what the parent's record does not hold (`app.store.history`). linked: true, it needs the parent; false,
+something was taken out of it, and no other history may point into this turn."""
+Index(None, turns.c.created_at)
+Index(None, turns.c.tenant, turns.c.subject)
 _OPEN = text("finished_at IS NULL")
 Index("ix_turns_open", turns.c.created_at, sqlite_where=_OPEN, postgresql_where=_OPEN)
 
@@ -284,7 +300,107 @@ audit = Table(
     _text("action"),
     _text("subject"),
     Column("detail", JSON, nullable=False),
+    _text("previous"),
+    _text("hash"),
 )
+"""A chain: `id` counts without a gap, so that it cannot fork, and `previous` is the hash of the entry before."""
+
+audit_head = Table(
+    "audit_head",
+    metadata,
+    Column("id", Integer, primary_key=True, autoincrement=False),
+    Column("entries", BigInteger, nullable=False),
+    _text("hash"),
+    _text("key"),
+    _text("mac"),
+)
+"""One row: how many entries there are, the last one's hash, and an HMAC of both by which a cut tail is found."""
+
+erasures = Table(
+    "erasures",
+    metadata,
+    _text("id", key=True),
+    _text("tenant"),
+    _text("subject"),
+    _text("conversation"),
+    _time("at"),
+    _time("done_at", null=True),
+    Index(None, "at"),
+)
+"""What was erased: turns of this person or conversation that began before `at` are not written any more."""
+
+exports = Table(
+    "exports",
+    metadata,
+    _text("host", key=True),
+    _text("folder", key=True),
+    _text("tenant"),
+    _text("by"),
+    _time("at"),
+)
+"""A folder that `newel export` wrote, on which machine."""
+
+exported = Table(
+    "exported",
+    metadata,
+    _text("host", key=True),
+    _text("folder", key=True),
+    _text("turn", key=True),
+    _text("origin", key=True),
+    _text("tenant"),
+    _text("conversation"),
+    _text("subject"),
+    _time("began"),
+    ForeignKeyConstraint(["host", "folder"], ["exports.host", "exports.folder"]),
+    Index(None, "tenant", "subject"),
+    Index(None, "tenant", "conversation"),
+)
+"""Lines of the turn `turn` in an export hold words of the turn `origin`, whose person and conversation these are."""
 
 pulse = Table("pulse", metadata, Column("id", Integer, primary_key=True, autoincrement=False), _time("at"))
 """One row that `Store.ping` writes."""
+
+budgets = Table(
+    "budgets",
+    metadata,
+    _text("account", key=True),
+    Column("seen", BigInteger, nullable=False),
+    Column("clock", BigInteger, nullable=False),
+    Column("requests", Double, nullable=False),
+    Column("tokens", Double, nullable=False),
+    Column("day", Integer, nullable=False),
+    Column("day_used", BigInteger, nullable=False),
+    Column("month", Integer, nullable=False),
+    Column("month_used", BigInteger, nullable=False),
+    Column("held_tokens", BigInteger, nullable=False),
+    Column("held_nanos", BigInteger, nullable=False),
+)
+"""What a key has used of its limits, and holds of them: see `app.limits.ledger`."""
+
+budget_holds = Table(
+    "budget_holds",
+    metadata,
+    _text("id", key=True),
+    _text("account"),
+    Column("tokens", BigInteger, nullable=False),
+    Column("nanos", BigInteger, nullable=False),
+    Column("expires", BigInteger, nullable=False),
+    Index(None, "account", "expires"),
+)
+"""What a request in flight may use at most; `expires` is by the clock of its account."""
+
+idempotency = Table(
+    "idempotency",
+    metadata,
+    _text("tenant", key=True),
+    _text("key", key=True),
+    _text("hash", key=True),
+    _text("body"),
+    Column("turn", Plain, nullable=True, index=True),
+    _text("state"),
+    _text("owner"),
+    _time("leased_until"),
+    _time("expires_at"),
+    Index(None, "expires_at"),
+)
+"""An idempotency key of an API key, as a hash: the HMAC of the body it came with, and the turn that answered it."""

@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncConnection
 from app.records import now
 from app.store import audit, tables
 from app.store.database import insert_new
+from app.store.erasure import Whose
 from app.store.errors import Conflict
 
 
@@ -46,6 +47,16 @@ async def load(connection: AsyncConnection, owner: Owner) -> list[Sealed]:
     """What is kept for this owner and has not expired."""
     query = select(*_SEALED).where(*_of(owner), tables.vault.c.expires_at > now())
     return [Sealed(**row) for row in (await connection.execute(query)).mappings()]
+
+
+async def of(connection: AsyncConnection, whose: Whose) -> list[tuple[Owner, Sealed]]:
+    """What is kept of a person or of a conversation, and has not expired."""
+    table = tables.vault.c
+    mine = table.owner == whose.subject if whose.subject else table.conversation == whose.conversation
+    names = [table.tenant, table.conversation, table.owner]
+    query = select(*names, *_SEALED).where(table.tenant == whose.tenant, mine, table.expires_at > now())
+    rows = (await connection.execute(query.order_by(*names, table.placeholder))).all()
+    return [(Owner(*row[:3]), Sealed(*row[3:])) for row in rows]
 
 
 async def keep(connection: AsyncConnection, owner: Owner, new: Sequence[Sealed], until: datetime) -> None:

@@ -15,7 +15,7 @@ from stdnum import iban, imei, luhn
 from stdnum.us import rtn
 
 from guardrails.spans import PRECISE, Span, Spans
-from guardrails.types import Context, Finding, Reading
+from guardrails.types import Finding
 from guardrails.validators import phones
 from guardrails.validators.checksums import BASE58, base58, is_bech32, is_eip55
 from guardrails.validators.identifiers import IDENTIFIERS, SEP, Announced
@@ -272,34 +272,12 @@ class But(Spans):
         super().__init__(spans, PRECISE)
         self._allow = [_squeezed(one) for one in allow]
 
-    def others(self, text: str, found: Sequence[Finding]) -> list[Finding]:
+    def kept(self, text: str, found: list[Finding]) -> list[Finding]:
         """The findings that are not allowed."""
         return [one for one in found if not self._allowed(_squeezed(text[one.start : one.end]))]
 
     def _allowed(self, value: str) -> bool:
         return any(fnmatchcase(value, pattern) for pattern in self._allow)
-
-    def readings(self) -> Sequence[Reading]:
-        """Fresh readings."""
-        return [ButReading(self, reading) for reading in super().readings()]
-
-    async def find(self, text: str, context: Context) -> Sequence[Finding]:
-        """The findings that are not allowed, in the order of their start."""
-        return self.others(text, await super().find(text, context))
-
-
-class ButReading:
-    """The reading of some spans, but for what is allowed."""
-
-    __slots__ = ("_but", "_reading")
-
-    def __init__(self, but: But, reading: Reading):
-        self._but, self._reading = but, reading
-
-    def read(self, text: str, final: bool) -> tuple[Sequence[Finding], int]:
-        """The new certain findings and how far the text is settled (see `guardrails.types.Reading`)."""
-        found, settled = self._reading.read(text, final)
-        return self._but.others(text, found), settled
 
 
 def _squeezed(text: str) -> str:

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from guardrails.types import Finding
 from guardrails.views.codes import decoded
 from guardrails.views.folding import folded
+from guardrails.views.ordinary import ALL, DECODED, FOLDED, LOOSE, SPREAD, TURNED, certain, unusual
 from guardrails.views.turning import turned
 from guardrails.views.view import View
 from guardrails.views.words import loosened, spread
@@ -36,7 +37,7 @@ Stage = Callable[[View, bool], None]
 class Views:
     """All views of one growing text; `raw` is the text itself."""
 
-    __slots__ = ("_made", "_stages", "raw")
+    __slots__ = ("_made", "_measured", "_stages", "raw")
 
     def __init__(self) -> None:
         self.raw = View("raw")
@@ -45,7 +46,14 @@ class Views:
         loose, wide, back = View("loose", read), View("spread", read), View("turned", read)
         loose.twin, wide.shown = wide, False
         self._made = (plain, read, loose, wide, back)
-        self._stages: tuple[Stage, ...] = (folded, decoded, loosened, spread, turned)
+        self._measured = (back, wide, loose, read, plain, self.raw)
+        self._stages: tuple[tuple[int, View, Stage], ...] = (
+            (FOLDED, plain, folded),
+            (DECODED, read, decoded),
+            (LOOSE, loose, loosened),
+            (SPREAD, wide, spread),
+            (TURNED, back, turned),
+        )
 
     def grow(self, text: str, final: bool) -> None:
         """Makes the views of `text`, which starts with what it was before; `final` says that it ends here.
@@ -55,8 +63,29 @@ class Views:
         self.raw.grow(text)
         if len(text) > MOST:
             raise ValueError(f"a text of more than {MOST} characters is not made out")
-        for view, stage in zip(self._made, self._stages, strict=True):
-            stage(view, final)
+        if stages := self._kept(text, final):
+            for bit, view, stage in self._stages:
+                if stages & bit:
+                    stage(view, final)
+        for view in self._measured:
+            view.measure()
+
+    def _kept(self, text: str, final: bool) -> int:
+        """Takes over what reads the same in every view; the stages that have to look for themselves."""
+        folds, codes = self._made[:2]
+        if not (folds.same and codes.same):
+            return ALL
+        start = min([view.at for view in self._made])
+        end, upto = (len(text), len(text)) if final else certain(text, start)
+        if end < 0:
+            return ALL
+        if end <= start:
+            return 0
+        stages = unusual(text[start:upto])
+        for bit, view, _ in self._stages:
+            if not stages & bit:
+                view.keep(end)
+        return stages
 
     @property
     def different(self) -> Iterator[View]:

@@ -7,6 +7,7 @@ import binascii
 import html
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from urllib.parse import unquote
 
 import regex
@@ -164,6 +165,7 @@ class Code:
 
 WORD, HEX = r"[A-Za-z0-9+/_-]", "[0-9a-fA-F]"
 LINES = rf"{WORD}{{16,80}}(?:\r?\n[ \t]{{0,4}}{WORD}{{4,80}}){{1,60}}"
+BASE64 = rf"(?<!{WORD}){WORD}{{8,65000}}={{0,2}}"
 PART = 16
 """Characters from which on a part of a path may be a code by itself."""
 PAIR = f"(?:0x)?{HEX}{{2}}"
@@ -186,7 +188,7 @@ CODES = (
     Code("morse", r"(?<!\S)[.·•–−-]{1,6}(?:(?: {1,3}| ?[/|] ?)[.·•–−-]{1,6}){3,300}(?!\S)", _morse),
     Code("base32", r"(?<![A-Za-z0-9])(?:[A-Z2-7]{16,2000}|[a-z2-7]{16,2000})={0,6}(?![A-Za-z0-9+/=_-])", _base32),
     Code("base64", rf"(?<!{WORD}){LINES}={{0,2}}(?![A-Za-z0-9+/=_-])", _base64),
-    Code("base64", rf"(?<!{WORD}){WORD}{{8,65000}}={{0,2}}(?![A-Za-z0-9+/=_-])", _base64),
+    Code("base64", rf"{BASE64}(?![A-Za-z0-9+/=_-])", _base64),
 )  # fmt: skip
 _ANY = "|".join(f"(?:{code.pattern})" for code in CODES)
 _FOUND = regex.compile(_ANY)
@@ -211,6 +213,16 @@ def _said(text: str, start: int) -> tuple[str, int] | None:
         if match and said is not None and said != match.group():
             return said, match.end()
     return None
+
+
+@lru_cache(4096)
+def _reads(code: str) -> bool:
+    return _base64(code) not in (None, code)
+
+
+def says(code: str) -> bool:
+    """True for a word that says something as base64."""
+    return _reads(code) if len(code) <= 64 else True
 
 
 def undone(text: str, depth: int = DEPTH) -> str:

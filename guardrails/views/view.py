@@ -10,20 +10,21 @@ class View:
     """A growing text made of another view's, and where each character of it comes from.
 
     `at`: how much of the source has been turned into `text`. `same`: the two are equal so far. `twin`: a view that is
-    equal to this one until it is `shown`. `edited`: how many characters look otherwise here. Offsets are kept as
+    equal to this one until it is `shown`. `edited`: how many characters look otherwise here. `cap`: how much of this text
+    may be read: no more than what the views that are the same so far have taken over. Offsets are kept as
     runs: a run maps character by character, or (`_ends` not negative) all of it to one piece of the source.
     """
 
     __slots__ = (
         "_ends", "_froms", "_length", "_new", "_starts", "_text",
-        "at", "edited", "name", "parts", "same", "shown", "source", "twin",
+        "at", "cap", "edited", "name", "parts", "same", "shown", "source", "twin",
     )  # fmt: skip
 
     def __init__(self, name: str, source: View | None = None):
         self.name, self.source = name, source
         self.parts: list[View] = []
         self.twin: View | None = None
-        self.at, self.edited, self.same, self.shown = 0, 0, True, True
+        self.at, self.cap, self.edited, self.same, self.shown = 0, 0, 0, True, True
         self._text, self._new, self._length = "", list[str](), 0
         self._starts, self._froms, self._ends = [0], [0], [-1]
         if source is not None:
@@ -52,17 +53,19 @@ class View:
         """How many characters of the text, and of what it was made of, look otherwise here."""
         return self.edited + (0 if self.source is None else self.source.changed)
 
-    @property
-    def cap(self) -> int:
-        """How much of this text may be read: no more than what the views that are the same so far have taken over."""
-        ends = [part.cap for part in self.parts if part.same]
-        if self.twin is not None and not self.twin.same and not self.twin.shown:
-            ends.append(len(self.twin))
-        return min([len(self), *ends])
-
     def grow(self, text: str) -> None:
         """Makes `text` the whole of this view, which has no source."""
         self._text, self.at = text, len(text)
+
+    def measure(self) -> None:
+        """Sets `cap`, where the parts of this view know theirs."""
+        cap = len(self)
+        for part in self.parts:
+            if part.same and part.cap < cap:
+                cap = part.cap
+        if self.twin is not None and not self.twin.same and not self.twin.shown:
+            cap = min(cap, len(self.twin))
+        self.cap = cap
 
     def keep(self, upto: int) -> None:
         """Takes the source over as it is, up to there."""

@@ -34,7 +34,7 @@ _BREAK = regex.compile(r"[^\p{L}\p{N}@$!|]+|(?<=[\p{L}\p{N}])[@$!|]+(?=[\p{L}\p{
 
 
 @lru_cache(maxsize=4096)
-def _bare(sign: str) -> str:
+def bare(sign: str) -> str:
     """A Latin letter without its accents."""
     first = unicodedata.normalize("NFD", sign)[0]
     return first if first.isascii() else sign
@@ -85,7 +85,7 @@ def plain(unit: str, spaced: bool, way: Way) -> str:
         return " "
     out = _closed(unit) if spaced else unit
     if not out.isascii():
-        out = "".join(map(_bare, out))
+        out = "".join(map(bare, out))
     if not out.isalpha():
         out = _MARKS.sub("", _LEETED.sub(lambda word: _leet(word.group(), way.unsure), out))
         out = _INNER.sub(way.inner, out)

@@ -15,7 +15,8 @@ import pytest_asyncio
 from fastapi.routing import APIRoute
 
 from app import admin, api
-from app.backends import Fault
+from app.frames import Fault
+from app.main import SURFACES
 from app.schemas import ChatRequest, FeedbackRequest, PolicyUpload, TicketAnswer
 from tests.fakes import FakeUpstream
 from tests.gateway import Gateway, running
@@ -128,8 +129,9 @@ BAD: dict[str, tuple[bytes, int, str, str | None]] = {
     "a seed beyond 64 bits": (chat(USER, seed=2**63), 400, "invalid_value", "seed"),
     "stream as a string": (chat(USER, stream="yes"), 400, "invalid_value", "stream"),
     "stream as a number": (chat(USER, stream=1), 400, "invalid_value", "stream"),
-    "two replies": (chat(USER, n=2), 400, "invalid_value", "n"),
-    "log-probabilities": (chat(USER, logprobs=True), 400, "invalid_value", "logprobs"),
+    "no reply": (chat(USER, n=0), 400, "invalid_value", "n"),
+    "many replies": (chat(USER, n=17), 400, "invalid_value", "n"),
+    "alternatives without log-probabilities": (chat(USER, top_logprobs=3), 400, "invalid_value", "top_logprobs"),
     "a format that is not known": (
         chat(USER, response_format={"type": "xml"}),
         400,
@@ -281,7 +283,6 @@ async def test_routes_and_methods_that_are_not_there(gateway: Gateway) -> None:
         ("GET", "/v1/nothing", 404, "not_found"),
         ("GET", "/", 404, "not_found"),
         ("GET", "/docs", 404, "not_found"),
-        ("POST", "/v1/completions", 404, "not_found"),
         ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("GET", "/v1/tickets/ESC-NOTTHERE", 404, "ticket_not_found"),
@@ -296,7 +297,7 @@ async def test_routes_and_methods_that_are_not_there(gateway: Gateway) -> None:
 
 SDK: list[tuple[dict[str, Any], type[openai.APIStatusError]]] = [
     ({"temperature": -1}, openai.BadRequestError),
-    ({"n": 2}, openai.BadRequestError),
+    ({"n": 0}, openai.BadRequestError),
     ({"model": "gpt-4o"}, openai.NotFoundError),
     ({"messages": []}, openai.BadRequestError),
     ({"messages": [{"role": "user", "content": "x" * 70_000}]}, openai.APIStatusError),
@@ -328,7 +329,7 @@ async def test_a_fault_of_ours_is_a_500_in_openais_form_and_tells_nothing(
         def broken(*args: object) -> None:
             raise RuntimeError("Geheimnis")
 
-        for part in ("app.chat._judged", "guardrails.engine.Guard.feed", "app.api.answer"):
+        for part in ("app.chat.judged", "guardrails.engine.Guard.feed", "app.exchange.answer"):
             with monkeypatch.context() as patch:
                 patch.setattr(part, broken)
                 status, headers, raw = await gateway.raw("POST", "/v1/chat/completions", data=chat(USER))
@@ -348,6 +349,7 @@ async def test_every_route_is_on_the_page_of_the_api_and_no_other() -> None:
         if isinstance(route, APIRoute)
         for method in route.methods
     }
+    routes |= {f"POST {path}" for path in SURFACES}
     assert len(routes) >= 15
     assert set(re.findall(r"^\| `((?:GET|POST) /[^`]*)`", (DOCS / "api.md").read_text(), re.MULTILINE)) == routes
 

@@ -13,18 +13,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app import backends
-from app.backends import (
+from app import frames
+from app.backends import OpenAIBackend, Prompt, Timeouts, Upstream, written
+from app.frames import (
     BackendError,
     CallDelta,
     Delta,
-    OpenAIBackend,
-    Prompt,
-    Timeouts,
-    Upstream,
+    More,
     events,
+    read_chunk,
+    read_completion,
     tokens_of,
-    written,
     yes_probability,
 )
 from guardrails.types import Message, ToolMessage
@@ -103,7 +102,7 @@ async def test_an_event_is_there_as_soon_as_its_empty_line_is() -> None:
 
 @pytest.mark.parametrize("piece", [b"x" * 1000, b"data: x" * 100 + b"\n", b"data: " + b"x" * 1000])
 async def test_an_event_without_an_end_is_given_up(piece: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "MAX_EVENT", 5000)
+    monkeypatch.setattr(frames, "MAX_EVENT", 5000)
     with pytest.raises(BackendError, match="without an end"):
         await read(*[piece] * 100)
     assert len(await read(*[b"data: " + b"x" * 4000 + b"\n\n"] * 100)) == 100
@@ -137,7 +136,7 @@ async def test_an_event_without_an_end_is_given_up(piece: bytes, monkeypatch: py
     ],
 )
 def test_a_frame_is_read(event: bytes, delta: Delta) -> None:
-    assert backends._delta(event) == delta
+    assert read_chunk(event) == delta
 
 
 NO_FRAMES = b"""nothing
@@ -161,7 +160,7 @@ NO_FRAMES = b"""nothing
 @pytest.mark.parametrize("event", NO_FRAMES.split(b"\n"))
 def test_a_frame_that_is_none_is_a_broken_reply(event: bytes) -> None:
     with pytest.raises(BackendError) as caught:
-        backends._delta(event)
+        read_chunk(event)
     assert caught.value.fault == "broken"
 
 
@@ -170,7 +169,7 @@ def test_a_frame_that_is_none_is_a_broken_reply(event: bytes) -> None:
 
 async def deltas(upstream: Upstream, timeouts: Timeouts | None = None, prompt: Prompt = PROMPT) -> list[Delta]:
     async with aiohttp.ClientSession() as session:
-        return [delta async for delta in OpenAIBackend(session, lambda: upstream, timeouts).stream(prompt)]
+        return [delta async for delta in OpenAIBackend(session, timeouts).stream(upstream, prompt)]
 
 
 async def test_the_pieces_the_reason_and_the_counts_arrive() -> None:
@@ -223,7 +222,7 @@ async def test_an_engine_that_is_not_there_is_unreachable() -> None:
 
 async def test_closing_the_stream_hangs_up_at_once() -> None:
     async with FakeUpstream(Script(["a", "b"], end="hang")) as upstream, aiohttp.ClientSession() as session:
-        stream = OpenAIBackend(session, lambda: Upstream(upstream.url, "m")).stream(PROMPT)
+        stream = OpenAIBackend(session).stream(Upstream(upstream.url, "m"), PROMPT)
         while (await anext(stream)).text != "b":
             pass
         await stream.aclose()
@@ -232,9 +231,10 @@ async def test_closing_the_stream_hangs_up_at_once() -> None:
 
 async def test_a_reply_that_was_read_to_its_end_leaves_its_connection_for_the_next_one() -> None:
     async with FakeUpstream() as upstream, aiohttp.ClientSession() as session:
-        backend = OpenAIBackend(session, lambda: Upstream(upstream.url, "m"))
+        backend, engine = OpenAIBackend(session), Upstream(upstream.url, "m")
         for _ in range(3):
-            assert [delta async for delta in backend.stream(PROMPT)]
+            assert [delta async for delta in backend.stream(engine, PROMPT)]
+            assert (await backend.complete(engine, PROMPT)).text
         assert session.connector and len(session.connector._conns) == 1  # type: ignore[attr-defined]
 
 
@@ -242,10 +242,51 @@ async def test_the_time_that_a_consumer_takes_is_not_the_engines() -> None:
     async with FakeUpstream(Script(["a", "b", "c"])) as upstream, aiohttp.ClientSession() as session:
         timeouts = Timeouts(first_token=5, idle=0.1, total=30)
         said = ""
-        async for delta in OpenAIBackend(session, lambda: Upstream(upstream.url, "m"), timeouts).stream(PROMPT):
+        async for delta in OpenAIBackend(session, timeouts).stream(Upstream(upstream.url, "m"), PROMPT):
             said += delta.text
             await asyncio.sleep(0.3)
     assert said == "abc"
+
+
+# --- a reply that is asked for whole
+
+
+async def test_a_whole_reply_is_asked_for_whole() -> None:
+    async with FakeUpstream(Script(["a", "b"], finish_reason="length", usage=(7, 2))) as upstream:
+        async with aiohttp.ClientSession() as session:
+            reply = await OpenAIBackend(session).complete(Upstream(upstream.url, "m"), PROMPT)
+    assert reply == Delta("ab", "length", 7, 2)
+    assert "stream" not in upstream.seen[0].body
+
+
+async def test_fields_that_nobody_reads_here_are_kept_byte_by_byte() -> None:
+    body = (
+        b'{"id":"x","choices":[{"index":0,"message":{"content":"a","mood":1.0E5},"finish_reason":"stop",'
+        b'"stop_reason":  {"b":1 }}],"usage":{"prompt_tokens":1,"completion_tokens":2,"speed":12345678901234567890123},'
+        b'"system_fingerprint":"fp_1"}'
+    )
+    assert read_completion(body).more == More(
+        {"system_fingerprint": b'"fp_1"'},
+        {"stop_reason": b'{"b":1 }'},
+        {"mood": b"1.0E5"},
+        {"speed": b"12345678901234567890123"},
+    )
+
+
+async def test_log_probabilities_come_with_their_tokens() -> None:
+    entry = b'{"token":"a","logprob":-0.10,"top_logprobs":[]}'
+    body = b'{"choices":[{"delta":{"content":"a"},"logprobs":{"content":[' + entry + b"]}}]}"
+    assert read_chunk(body).logprobs == (("a", entry),)
+
+
+async def test_leaving_a_whole_reply_hangs_up_at_once() -> None:
+    async with FakeUpstream(Script(wait=math.inf)) as upstream, aiohttp.ClientSession() as session:
+        asking = asyncio.create_task(OpenAIBackend(session).complete(Upstream(upstream.url, "m"), PROMPT))
+        await upstream.asked()
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert (await upstream.seen[0].finished(1.0)).gone
 
 
 # --- the grader
@@ -253,7 +294,7 @@ async def test_the_time_that_a_consumer_takes_is_not_the_engines() -> None:
 
 async def probability(upstream: FakeUpstream, timeouts: Timeouts | None = None) -> float:
     async with aiohttp.ClientSession() as session:
-        return await OpenAIBackend(session, lambda: Upstream(upstream.url, "m"), timeouts).probability(PROMPT.messages)
+        return await OpenAIBackend(session, timeouts).probability(Upstream(upstream.url, "m"), PROMPT.messages)
 
 
 @pytest.mark.parametrize("yes", [0.0, 0.3, 0.5, 0.99, 1.0])
@@ -308,7 +349,7 @@ async def test_a_grader_that_is_late_or_broken_is_an_error_of_the_engine() -> No
         await aiohttp.web.TCPSite(runner, "127.0.0.1", 0).start()
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         async with aiohttp.ClientSession() as session:
-            backend = OpenAIBackend(session, lambda url=url: Upstream(url, "m"), Timeouts(first_token=0.3))  # type: ignore[misc]
+            backend = OpenAIBackend(session, Timeouts(first_token=0.3))
             with pytest.raises(kind):
-                await backend.probability(PROMPT.messages)
+                await backend.probability(Upstream(url, "m"), PROMPT.messages)
         await runner.cleanup()

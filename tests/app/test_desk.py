@@ -7,13 +7,16 @@ import base64
 import json
 import logging
 import re
+import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from secrets import token_hex
+from urllib.parse import urlsplit
 
+import aiohttp
 import pytest
 from aiohttp import web
 from pydantic import SecretStr
@@ -117,6 +120,12 @@ def test_a_key_of_the_wrong_form_is_an_error_that_says_so() -> None:
         ("ftp://host/hook", KEY, "http or https"),
         ("host/hook", KEY, "http or https"),
         ("http:///hook", KEY, "http or https"),
+        ("http://host/hook", KEY, "must be https, or 'host:80' must be allowed"),
+        ("https://user:password@host/hook", KEY, "must not carry a name and a password"),
+        ("https://127.0.0.1/hook", KEY, "127.0.0.1 is not a public address"),
+        ("https://169.254.169.254/latest/meta-data", KEY, "is not a public address"),
+        ("https://[::1]/hook", KEY, "is not a public address"),
+        ("https://[::ffff:10.0.0.1]/hook", KEY, "is not a public address"),
     ],
 )
 def test_a_courier_does_not_start_with_settings_that_cannot_work(
@@ -131,6 +140,11 @@ async def store_nowhere(tmp_path: Path) -> AsyncIterator[Store]:
     store = await Store.open(f"sqlite+aiosqlite:///{tmp_path}/newel.db", tmp_path / "spill")
     yield store
     await store.close()
+
+
+def test_a_courier_does_not_start_with_an_allowance_that_says_nothing(store_nowhere: Store) -> None:
+    with pytest.raises(ValueError, match=r"webhook\.allow: 'internal' is neither host:port nor a network"):
+        Courier(store_nowhere, WebhookSettings(url="https://host/", secret=SecretStr(KEY), allow=["internal"]))
 
 
 async def test_a_courier_without_a_url_has_nothing_to_do(store_nowhere: Store) -> None:
@@ -216,7 +230,7 @@ async def receiver() -> AsyncIterator[Receiver]:
 
 @asynccontextmanager
 async def couriers(store: Store, receiver: Receiver, count: int = 1, attempts: int = 3) -> AsyncIterator[None]:
-    settings = WebhookSettings(url=receiver.url, secret=SecretStr(KEY), attempts=attempts)
+    settings = WebhookSettings(url=receiver.url, secret=SecretStr(KEY), attempts=attempts, allow=["127.0.0.0/8"])
     running = [asyncio.create_task(Courier(store, settings, 0.02, idle=0.01).run()) for _ in range(count)]
     try:
         yield
@@ -355,6 +369,43 @@ async def test_a_receiver_that_does_not_listen_costs_attempts(store: Store, tena
     async with couriers(store, receiver, attempts=2):
         delivery = await until(store, ticket, "dead")
     assert (delivery.attempts, delivery.error) == (2, "ClientConnectorError")
+
+
+async def test_a_name_that_leads_inside_is_not_called(
+    store: Store, tenant: str, receiver: Receiver, monkeypatch
+) -> None:
+    async def inside(self, host: str, port: int = 0, family: int = 0) -> list[dict]:
+        place = {"hostname": host, "host": "127.0.0.1", "port": int(urlsplit(receiver.url).port or 0)}
+        return [place | {"family": socket.AF_INET, "proto": 0, "flags": 0}]
+
+    monkeypatch.setattr(aiohttp.ThreadedResolver, "resolve", inside)
+    monkeypatch.setattr(aiohttp.AsyncResolver, "resolve", inside)
+    ticket = await ticket_of(store, tenant)
+    settings = WebhookSettings(url="https://hooks.example.com/hook", secret=SecretStr(KEY), attempts=1)
+    task = asyncio.create_task(Courier(store, settings, 0.02, idle=0.01).run())
+    delivery = await until(store, ticket, "dead")
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    assert (delivery.error, receiver.got) == ("AddressRefused", [])
+
+
+async def test_an_endless_answer_is_not_read(store: Store, tenant: str, receiver: Receiver) -> None:
+    sent = 0
+
+    async def endless() -> web.StreamResponse:
+        async def pieces() -> AsyncIterator[bytes]:
+            nonlocal sent
+            while True:
+                sent += 65_536
+                yield bytes(65_536)
+
+        return web.Response(body=pieces())
+
+    receiver.answers = [endless]
+    ticket = await ticket_of(store, tenant)
+    async with couriers(store, receiver):
+        assert (await until(store, ticket, "sent")).attempts == 1
+    assert sent < 64 << 20
 
 
 async def test_a_receiver_that_does_not_answer_costs_attempts(

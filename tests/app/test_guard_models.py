@@ -13,7 +13,8 @@ import pytest
 from pydantic import SecretStr, ValidationError
 
 from app.backends import BackendError, tokens_of
-from app.guard_models import Breaker, BreakerOpen, Budget, BudgetSpent, GuardModel, GuardModels, OtherKind
+from app.breaker import Breaker, BreakerOpen
+from app.guard_models import Budget, BudgetSpent, GuardModel, GuardModels, OtherKind
 from app.metrics import Metrics
 from app.settings import GuardModelSettings
 from guardrails.engine import judge
@@ -229,43 +230,6 @@ async def test_a_model_that_fails_again_and_again_is_left_alone(asking: Asking) 
     await asking.ask(numbered(9))
     assert asking.counted() == {"broken": 3, "open": 1, "answered": 2}
     assert asking.metrics.registry.get_sample_value("newel_guard_model_breaker_open", {"model": "q"}) == 0
-
-
-def breaker() -> tuple[Breaker, list[float]]:
-    now = [0.0]
-    return Breaker(2, 10.0, lambda: now[0]), now
-
-
-def admits(breaker: Breaker) -> bool:
-    try:
-        breaker.admit()
-    except BreakerOpen:
-        return False
-    return True
-
-
-def test_a_breaker_opens_after_failures_in_a_row_only() -> None:
-    it, _ = breaker()
-    for end in (it.failed, it.succeeded, it.failed, it.unknown):
-        assert admits(it)
-        end()
-    assert admits(it) and not it.open
-    it.failed()
-    assert not admits(it)
-
-
-@pytest.mark.parametrize(("end", "admitted"), [("succeeded", True), ("failed", False), ("unknown", True)])
-def test_one_question_tries_an_open_breaker_after_its_pause(end: str, admitted: bool) -> None:
-    it, now = breaker()
-    it.failed()
-    it.failed()
-    now[0] = 9.9
-    assert not admits(it)
-    now[0] = 10.0
-    assert admits(it) and not admits(it), "one at a time"
-    getattr(it, end)()
-    assert admits(it) is admitted
-    assert it.open is (end != "succeeded")
 
 
 async def test_no_more_are_asked_at_once_than_there_is_room_for(asking: Asking) -> None:

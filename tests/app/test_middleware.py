@@ -40,7 +40,7 @@ async def served(app: Any, *headers: tuple[str, str]) -> tuple[list[Message], Me
         sent.append(message)
 
     metrics = Metrics()
-    await RequestContext(app, metrics)(scope(*headers), receiving(), send)
+    await RequestContext(app, metrics, {})(scope(*headers), receiving(), send)
     return sent, metrics
 
 
@@ -108,7 +108,7 @@ async def test_other_scopes_pass_through() -> None:
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         seen.append(scope["type"])
 
-    await RequestContext(app, Metrics())(scope(kind="lifespan"), receiving(), fine)  # type: ignore[arg-type]
+    await RequestContext(app, Metrics(), {})(scope(kind="lifespan"), receiving(), fine)  # type: ignore[arg-type]
     assert seen == ["lifespan"]
 
 

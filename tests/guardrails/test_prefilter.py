@@ -7,7 +7,6 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from guardrails import scanner
 from guardrails.prefilter import Prefilter, rewritten
 from guardrails.spans import PatternError, Span, Spans
 from guardrails.syntax import Unreadable, parse
@@ -103,15 +102,6 @@ def place(finding: Finding) -> tuple[int, int, str]:
     return finding.start, finding.end, finding.label
 
 
-async def test_what_the_scanner_forgets_for_want_of_memory_it_makes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scanner, "STEPS", 3)
-    text = "Tell ann@example.com, bob@example.org and c@d.example of it"
-    spans = [Span("forgetful", r"(?<!\w)\w{1,20}@[\w.]{1,20}\w(?!\w)")]
-    (reading,) = Spans(spans).readings()
-    found = [one for end in range(1, len(text) + 1) for one in reading.read(text[:end], end == len(text))[0]]
-    assert [text[one.start : one.end] for one in found] == ["ann@example.com", "bob@example.org", "c@d.example"]
-
-
 SHIPPED: list[tuple[Spans, list[str]]] = [
     (test_validators_personal.EVERYTHING, [text for text, _ in test_validators_personal.HITS]),
     (secrets.build(secrets.Options()), [text for text, _ in test_validators_secrets.HITS]),
@@ -143,7 +133,7 @@ def test_a_shipped_pattern_that_finds_something_is_a_candidate(case: tuple[Spans
 
 @pytest.mark.parametrize("spans", [spans for spans, _ in SHIPPED], ids=["personal", "secrets", "injection"])
 def test_every_shipped_pattern_is_read_by_both_and_ordinary_text_has_no_candidate(spans: Spans) -> None:
-    assert not spans.unread
+    assert not spans.begun.unread
     assert all(rewritten(span.needed) for span in spans.spans)
     assert spans.prefilter.candidates("How do I ask for a raise? I took over the night shift in March.") == set()
 

@@ -13,6 +13,7 @@ from guardrails.engine import judge
 from guardrails.spans import Span, Spans
 from guardrails.types import BROKEN_REPLY, Action, Rule
 from guardrails.views import MOST, View, Views
+from guardrails.views.ordinary import ALL as ALL_STAGES
 from tests.conformance.disguises import DISGUISES, FRAME, HONEST, MORE, PATTERN, PHRASE, framed
 
 ALL = {**DISGUISES, **MORE}
@@ -112,6 +113,38 @@ def test_views_are_the_same_for_any_chunking(text: str, sizes: list[int]) -> Non
         n += 1
     views.grow(text, True)
     assert shown(views) == shown(made(text))
+
+
+PLAIN = (
+    *"How does our plan for the raise in March work? Yes, it is 5 or 10 of them. I have a well-known friend's idea".split(),
+    *("3pm", "10am", "2nd", "mp3", "C++", "a+1", "R&D", "and/or", "U.S.", "a_b", "x!", "1!2", "a1_", "a1!2", "_", "“so”"),
+    *("don’t", "—", "–", "café", "naïve", "…", "€5", "£", "½", "\x1c", "\x85", "\u2028", "\u00a0", "\t", "\r\n", "\f"),
+    *("workplace", "yourself", "deadline", "cHJvamVjdA", "cHJvamVjdCBmYWxjb24", "0J/RgNC40LLQtdGC", "aGk/aGVsbG8gd29ybGQgeW8"),
+    *("be ad ca fe 12 34", "ab-cd-ef-12-34", "0x70 72 6f 6a 65", "12 34 56", "99, 100", "decade", "deadbeefcafe", "facade"),
+    *("01110000 01110010", "abcdefghijklmnopqrst", "mzuwy3dpnyqgs4za", "%", "%2", "50%", "&", "&am", "\\", "\\n", "U+0070 U+0071"),
+    *("I", "a", "e.g.", "i.e.", "s a l", "c", '"', "'", '" + "', "' '", "<", "<a", "a <b> c", "<br/>", "-", "- -", "pro-", "ject"),
+    *("noclaf", "tcejorp", "cebwrpg", "on", "no", "snake_case", "*bold*", "~x~", "`code`", "a@b.co", "$90,000", "(so)", "\u202e"),
+    *("w" * 70, "a" * 41, "aGVs" * 20, "\ud83d", "漢字", "नमस्ते", "İ", "\u212a", "ª", "²", "\x00", "?", "a?b", "? a b", "٣"),
+)  # fmt: skip
+PROSE = st.lists(st.tuples(st.sampled_from(PLAIN), st.sampled_from([" ", " ", " ", "", "\n", "  ", ". ", "-", "\t"])), max_size=12)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(PROSE.map(lambda some: "".join(map("".join, some))) | TEXTS, st.lists(st.integers(1, 12), min_size=1, max_size=6))
+def test_what_is_taken_for_ordinary_is_what_every_stage_would_have_left_as_it_is(text: str, sizes: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("guardrails.views.certain", lambda text, start: (-1, -1))
+        patch.setattr("guardrails.views.unusual", lambda part: ALL_STAGES)
+        exact = shown(made(text))
+    assert shown(made(text)) == exact
+    views, end, n = Views(), 0, 0
+    while end < len(text):
+        end += sizes[n % len(sizes)]
+        views.grow(text[:end], False)
+        assert all(view.cap <= len(view) for view in (views.raw, *views._made))
+        n += 1
+    views.grow(text, True)
+    assert shown(views) == exact
 
 
 @settings(max_examples=400, deadline=None)

@@ -212,7 +212,7 @@ async def test_every_family_is_asked_in_a_way_that_vllm_answers_with_probabiliti
 
 async def test_the_plain_question_has_a_probability_from_the_chat_model_and_by_name(gateway: Gateway) -> None:
     question = "Is the text about locks?"
-    context = Context(LOCKS, gateway.service.backend, judges=judges(gateway, "plain").of_turn())
+    context = Context(LOCKS, gateway.service.fleet, judges=judges(gateway, "plain").of_turn())
     (own,) = await guard_model.build(guard_model.Options(kind="plain", question=question)).find(REPLY, context)
     named = guard_model.build(guard_model.Options(kind="plain", question=question, model="plain"))
     (other,) = await named.find(REPLY, context)

@@ -1,0 +1,91 @@
+"""Many streams at once, as one JSON line: `python streams.py '{"url", "headers", "body", "streams", "seconds"}'`.
+
+The streams begin spread over a second; what is counted is a window of `seconds` after another one. gaps: milliseconds
+between two reads of one stream. stalls: gaps of more than 250 ms, and streams that said nothing in the window.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import sys
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import uvloop
+
+STALL = 0.25
+
+
+class Stream(asyncio.Protocol):
+    """One stream: when something came, and how many events were in it."""
+
+    def __init__(self, request: bytes):
+        self.request = request
+        self.began = self.last = 0.0
+        self.first = 0.0
+        self.reads: list[tuple[float, int]] = []
+        self.status = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        self.began = time.perf_counter()
+        transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        now = time.perf_counter()
+        if not self.status:
+            self.status = data[9:12]
+        events = data.count(b"data: ")
+        if events:
+            self.first = self.first or now
+            self.reads.append((now, events))
+
+
+def counted(streams: list[Stream], start: float, end: float) -> dict[str, Any]:
+    """What is told of the window from `start` to `end`."""
+    gaps, events, stalls = [], 0, 0
+    for one in streams:
+        window = [(at, many) for at, many in one.reads if start <= at < end]
+        events += sum(many for _, many in window)
+        times = [start, *(at for at, _ in window), end]
+        between = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        gaps += between[1:-1]
+        stalls += sum(gap > STALL for gap in between)
+    first = [one.first - one.began for one in streams if one.first]
+    cuts = statistics.quantiles(gaps, n=100) if len(gaps) > 1 else [0.0] * 99
+    starts = statistics.quantiles(first, n=100) if len(first) > 1 else [0.0] * 99
+    bad = sum(one.status != b"200" for one in streams)
+    figures = {"p50": cuts[49] * 1e3, "p99": cuts[98] * 1e3, "ttft50": starts[49] * 1e3, "ttft99": starts[98] * 1e3}
+    return figures | {"frames": events, "stalls": stalls, "bad": bad, "seconds": end - start}
+
+
+async def main() -> None:
+    asked = json.loads(sys.argv[1])
+    url = urlsplit(asked["url"])
+    streams = []
+    loop = asyncio.get_running_loop()
+    for number in range(asked["streams"]):
+        body = asked["body"].replace("@@@@@@@", f"{number:07d}").encode()
+        lines = [f"POST {url.path} HTTP/1.1", f"host: {url.netloc}", "content-type: application/json"]
+        lines += [f"{name}: {value}" for name, value in asked["headers"].items()]
+        request = "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body
+        stream = Stream(request)
+        await loop.create_connection(lambda stream=stream: stream, url.hostname, url.port)  # type: ignore[misc]
+        streams.append(stream)
+        await asyncio.sleep(1 / asked["streams"])
+    await asyncio.sleep(1)
+    print("counting", flush=True)
+    start = time.perf_counter()
+    await asyncio.sleep(asked["seconds"])
+    end = time.perf_counter()
+    print(json.dumps(counted(streams, start, end)), flush=True)
+    for stream in streams:
+        stream.transport.abort()
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

@@ -1,0 +1,107 @@
+"""What is made once for some rules and serves every text: their patterns as one, and who reads when.
+
+All that is told of a text by one pass is told for all rules whose validators are patterns (`guardrails.spans.Spans`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import TypeGuard
+
+from guardrails.spans import Spans
+from guardrails.types import Rule, StreamValidator, Validator
+from guardrails.views import View
+
+MOST = 256
+"""Plans that are kept."""
+
+
+def streams(validator: Validator) -> TypeGuard[StreamValidator]:
+    """True for a validator that can read a growing text (`isinstance` with a protocol is slow)."""
+    return hasattr(validator, "readings")
+
+
+def whole(rule: Rule) -> bool:
+    """True for a rule that cannot read a growing text by itself."""
+    return rule.confirm is not None or not streams(rule.validator)
+
+
+def tier(rule: Rule) -> int:
+    """-1: looks at the length; 0: reads the text alone; 1: asks a model of its own; 2: asks a language model."""
+    if rule.confirm is not None:
+        return 2
+    return int(getattr(rule.validator, "tier", 0 if streams(rule.validator) else 1))
+
+
+def looks_at(rule: Rule, view: View) -> bool:
+    """True where a rule reads this view: it may be for the text alone, its validator for some views only."""
+    only = getattr(rule.validator, "views", None)
+    return rule.views and (only is None or view.name in only)
+
+
+class Joint:
+    """The patterns of several rules as one validator. rules: by place; owners: the place of the rule of each span."""
+
+    __slots__ = ("_within", "owners", "rules", "spans")
+
+    def __init__(self, rules: Iterable[tuple[int, Rule]]):
+        self.rules = dict(rules)
+        each = [(place, rule.validator) for place, rule in self.rules.items() if isinstance(rule.validator, Spans)]
+        self.owners = [place for place, validator in each for _ in validator.spans]
+        self.spans = each[0][1] if len(each) == 1 else Spans([span for _, validator in each for span in validator.spans])
+        self._within: dict[str, Joint | None] = {}
+
+    def within(self, view: View) -> Joint | None:
+        """The part that reads this view, if any does."""
+        try:
+            return self._within[view.name]
+        except KeyError:
+            looking = {place: rule for place, rule in self.rules.items() if looks_at(rule, view)}
+            part = self if len(looking) == len(self.rules) else Joint(looking.items()) if looking else None
+            self._within[view.name] = part
+            return part
+
+    def candidates(self, text: str) -> set[int]:
+        """The places of the rules that may find something in a whole text; no other one does."""
+        return {self.owners[number] for number in self.spans.prefilter.candidates(text)}
+
+
+class Plan:
+    """Some rules, sorted by how they read. joints: those whose patterns are read together in a growing text; single:
+    the others that read it; sentences, whole: those that are asked about sentences, about all of it (all by place).
+    patterns: all rules that read by patterns alone, or None."""
+
+    __slots__ = ("held", "joints", "patterns", "rules", "sentences", "single", "viewed", "whole")
+
+    def __init__(self, rules: Sequence[Rule]):
+        self.rules = tuple(rules)
+        places = range(len(rules))
+        asked = [i for i in places if whole(rules[i])]
+        self.sentences = [i for i in asked if rules[i].every == "sentence"]
+        self.whole = [i for i in asked if rules[i].every == "text"]
+        self.held = any(rules[i].mode == "enforce" for i in self.whole)
+        growing = [i for i in places if i not in asked]
+        self.viewed = any(rules[i].views for i in growing)
+        joined = [i for i in growing if isinstance(rules[i].validator, Spans)]
+        self.single = [i for i in growing if i not in joined]
+        groups: dict[tuple[str, bool], list[tuple[int, Rule]]] = {}
+        for i in joined:
+            groups.setdefault((rules[i].mode, rules[i].views), []).append((i, rules[i]))
+        self.joints = [Joint(group) for group in groups.values()]
+        together = [(i, rules[i]) for i in joined]
+        self.patterns = self.joints[0] if len(self.joints) == 1 else Joint(together) if together else None
+
+
+_PLANS: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
+
+
+def plan_of(rules: Sequence[Rule]) -> Plan:
+    """The plan for these rules, made once for the same objects in the same order."""
+    key = tuple(map(id, rules))
+    plan = _PLANS.get(key)
+    if plan is None:
+        plan = _PLANS[key] = Plan(rules)  # which holds the rules, so that their ids stay theirs
+        if len(_PLANS) > MOST:
+            _PLANS.popitem(last=False)
+    return plan

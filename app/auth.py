@@ -119,11 +119,13 @@ class Auth:
         return key.id if self._settings.oidc.subject and key.id.startswith(PREFIX) else ""
 
     async def close(self) -> None:
-        """Ends the look-ups that still run."""
+        """Ends the look-ups that still run, also those of the issuer's keys."""
         for flight in self._flights.values():
             flight.task.cancel()
         if self._flights:
             await asyncio.wait({flight.task for flight in self._flights.values()})
+        if self._oidc is not None:
+            await self._oidc.close()
 
     async def _looked_up(self, digest: bytes, given: bytes, before: _Seen | None, headers: Headers, peer: str) -> _Seen:
         """The key as it is now, or as it was when the database does not say in time; raises for one that is unknown."""

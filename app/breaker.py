@@ -23,7 +23,7 @@ class Breaker:
     ratio: the share of failures among the last WINDOW ends that opens it, too; 1.0 leaves that to failures in a row.
     """
 
-    __slots__ = ("_bits", "_clock", "_ends", "_failed", "_limit", "_pause", "_ratio", "_trying", "_until", "open")
+    __slots__ = ("_bits", "_clock", "_failed", "_limit", "_pause", "_ratio", "_trying", "_until", "open")
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Breaker:
         ratio: float = 1.0,
     ):
         self._limit, self._pause, self._clock, self._ratio = failures, pause, clock, ratio
-        self._failed, self._bits, self._ends = 0, 0, 0
+        self._failed, self._bits = 0, 0
         self._until = 0.0
         self._trying = False
         self.open = False
@@ -60,7 +60,7 @@ class Breaker:
     def succeeded(self) -> None:
         """The request was answered."""
         if self.open:
-            self._bits, self._ends = 0, 0  # what was before is over
+            self._bits = 0  # what was before is over
         self._note(0)
         self._failed, self._trying, self.open = 0, False, False
 
@@ -78,8 +78,7 @@ class Breaker:
 
     def _note(self, failed: int) -> None:
         self._bits = (self._bits << 1 | failed) & ((1 << WINDOW) - 1)
-        self._ends = min(self._ends + 1, WINDOW)
 
     @property
     def _failing(self) -> bool:
-        return self._ratio < 1 and self._ends == WINDOW and self._bits.bit_count() >= self._ratio * WINDOW
+        return self._ratio < 1 and self._bits.bit_count() >= self._ratio * WINDOW

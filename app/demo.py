@@ -37,6 +37,7 @@ from app.desk import verify
 from app.export import export
 from app.frames import events
 from app.records import KeyScope, Tenant, Ticket, Turn, now
+from app.sealing import read_secret, sealing_secrets
 from app.settings import Settings
 from app.shell import Refusal
 from app.store import Store
@@ -340,7 +341,8 @@ async def run(settings: Settings, port: int | None, leave: bool) -> int:
         model = await _model(console, settings)
         await _encoder(console, settings)
         with _phase(console, "database and keys"):
-            store = await Store.open(_database(home), home / "spill")
+            sealing = sealing_secrets(settings, read_secret(settings.model_copy(update={"home": home})))
+            store = await Store.open(_database(home), home / "spill", secrets=sealing)
             stack.push_async_callback(store.close)
             kept = await _prepare(store, home / "demo.json")
         url, news = await stack.enter_async_context(_receiver())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from datetime import datetime
 from pathlib import Path
 
 from alignment.collect import Collected, Scrub, Unscrubbed, collect, write
+from alignment.records import Judged
 from app.store import Store
 from guardrails import catalog
 from guardrails.engine import judge
@@ -31,6 +33,19 @@ def scrubber() -> Scrub:
 async def export(
     store: Store, folder: Path, tenant: str | None, since: datetime | None, actor: str
 ) -> tuple[Collected, dict[str, int]]:
-    """(what was collected, how many records each file in `folder` got); who exported is audited."""
-    collected = await collect(store.judged_turns(tenant, since, actor), scrubber())
+    """(what was collected, how many records each file in `folder` got); who exported is audited.
+
+    Whose words are in which line is noted before the files are written, so that an erasure finds them.
+    """
+    lines = set[tuple[str, str]]()
+    collected = await collect(_noting(store.judged_turns(tenant, since, actor), lines), scrubber())
+    await store.register_export(folder, tenant, actor, lines)
     return collected, write(collected, folder)
+
+
+async def _noting(judged: AsyncIterator[Judged], lines: set[tuple[str, str]]) -> AsyncIterator[Judged]:
+    """The turns as they come; `lines` gets (the turn that a line will name, a turn whose words may be in it)."""
+    async for turn in judged:
+        lines.add((turn.reply.turn, turn.reply.turn))
+        lines |= {(turn.reply.turn, opinion.other.turn) for opinion in turn.opinions if opinion.other}
+        yield turn

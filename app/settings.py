@@ -133,7 +133,7 @@ class RetentionSettings(BaseModel):
 
 
 class PoolEngineSettings(BaseModel):
-    """One engine of a pool: its URL up to /v1, the key it wants, and how much of the load it takes beside the others."""
+    """One engine of a pool: its URL up to /v1, the key it wants, and how much of the load it takes beside others."""
 
     model_config = ConfigDict(extra="forbid")
     url: str

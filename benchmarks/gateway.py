@@ -165,7 +165,7 @@ def _wait(one: Running, running: subprocess.Popen[bytes], start: Started) -> Non
 def _answering(one: Running, running: subprocess.Popen[bytes], home: Path) -> None:
     body = bodies(1)[0].replace("@@@@@@@", "0000000").encode()
     reason = "it did not start"
-    for _ in range(1200):
+    for _ in range(300):
         if running.poll() is not None:
             break
         try:

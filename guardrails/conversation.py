@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from guardrails.arguments import Arguments
 from guardrails.engine import Redaction, redact
-from guardrails.reading import LONG, Seen, find, once, streams
+from guardrails.plan import plan_of, tier
+from guardrails.reading import LONG, Seen, find, once
 from guardrails.types import (
     BROKEN_REPLY,
     Action,
@@ -48,34 +49,35 @@ class Judging:
     def __init__(
         self, rules: Sequence[Rule], messages: Sequence[Message], context: Context | None = None, trusted: int = 0
     ):
-        self.rules = sorted(rules, key=_tier)
+        self._plan = plan_of(rules)
+        self.rules = self._plan.by_cost
         self.messages, self.trusted = messages, trusted
         self.context = context or Context(tuple(messages))
         self.settled = _refused_before(rules, messages)
         self.asked = _still_asked(messages)
-        self.seen = [Seen(message.content) for message in messages]
+        self.seen = [Seen(message.content, self._plan.patterns) for message in messages]
         self._hits: dict[str, list[Hit]] = {}
         self._redactions: dict[int, list[Redaction]] = {}
+        self._in_scope: dict[tuple[str, int, bool], list[int]] = {}
         self._json: dict[int, Arguments] = {}
         self._sealed: tuple[Message, ...] = ()
         self._long = any(len(message.content) > LONG for message in messages)
 
     async def begin(self) -> tuple[Verdict, tuple[Message, ...]]:
         """(the verdict of the rules that cost little, the conversation as the model may see it)."""
-        text_rules = [rule for rule in self.rules if _tier(rule) <= 0]
-        for rule in text_rules:
+        for rule in self._plan.cheap:
             idle = self._long and self.strictest.stops and rule.action <= self.strictest
             if not idle or rule.action is Action.REDACT:  # what is refused is kept, too
                 await self._read(rule)
         if len(self.messages) > 1 and not self.strictest.stops:
-            await self._read_joined(text_rules)
-        await self._ask([rule for rule in self.rules if _tier(rule) == 1])
+            await self._read_joined(self._plan.cheap)
+        await self._ask(self._plan.asking)
         return self.verdict()
 
     @property
     def waiting(self) -> list[Rule]:
         """The rules that ask a language model and could still change the verdict."""
-        return self._due([rule for rule in self.rules if _tier(rule) > 1])
+        return self._due(self._plan.asking_much)
 
     async def finish(self) -> tuple[Verdict, tuple[Message, ...]]:
         """(the verdict, the conversation as the model may see it)."""
@@ -85,7 +87,7 @@ class Judging:
     def verdict(self) -> tuple[Verdict, tuple[Message, ...]]:
         """(the verdict as it stands, the conversation as the model may see it)."""
         seen = tuple(self._shown())
-        hits = [hit for rule in self.rules for hit in self._hits.get(rule.name, ())]
+        hits = [hit for rule in self.rules for hit in self._hits.get(rule.name, ())] if self._hits else []
         return _verdict(self.rules, hits, seen), seen
 
     @property
@@ -106,16 +108,18 @@ class Judging:
     async def _ask(self, rules: Sequence[Rule]) -> None:
         """Reads rules that ask a model: first those that redact, so that the others ask about what is left."""
         due = self._due(rules)
+        if not due:
+            return
         await asyncio.gather(*(self._read(rule) for rule in due if rule.action is Action.REDACT))
         if self.context.vault is not None and self._redactions:
             self._sealed = tuple(self._redacted(i) for i in range(len(self.messages)))
         await asyncio.gather(*(self._read(rule) for rule in due if rule.action is not Action.REDACT))
 
     async def _read(self, rule: Rule) -> None:
-        places = in_scope(rule, self.messages, self.settled)
-        if rule.action is not Action.REDACT:
-            places = [i for i in places if i >= self.trusted or i == self.asked]
-        if _tier(rule) <= 0:
+        places = self._places(rule)
+        if tier(rule) <= 0:
+            order = self._plan.places[id(rule)]
+            places = [i for i in places if not self.seen[i].is_quiet(order)]
             results = [await find(rule, self.seen[i], self.context) for i in places]
         elif self._sealed and rule.action is not Action.REDACT:  # what a model is asked is a prompt, too
             context = replace(self.context, messages=self._sealed)
@@ -124,6 +128,17 @@ class Judging:
             results = await asyncio.gather(*(find(rule, self.seen[i], self.context) for i in places))
         for place, (findings, broken) in zip(places, results, strict=True):
             self._note(rule, place, findings, broken)
+
+    def _places(self, rule: Rule) -> Sequence[int]:
+        """The places of the messages that a rule reads here."""
+        key = (rule.scope, rule.window, rule.action is Action.REDACT)
+        places = self._in_scope.get(key)
+        if places is None:
+            places = in_scope(rule, self.messages, self.settled)
+            if rule.action is not Action.REDACT:
+                places = [i for i in places if i >= self.trusted or i == self.asked]
+            self._in_scope[key] = places
+        return places
 
     def _note(self, rule: Rule, place: int, findings: Sequence[Finding], broken: str = "") -> None:
         if findings or broken:
@@ -153,8 +168,10 @@ class Judging:
         read = _joining(rules, rows, self.messages, self.settled)
         for row, seam in [(row, seam) for row in read for seam in SEAMS]:
             joined, pieces = _pieces(self.messages, row, seam)
-            seen = Seen(joined)
+            seen = Seen(joined, self._plan.patterns)
             for rule in read[row].values():
+                if seen.is_quiet(self._plan.places[id(rule)]):
+                    continue
                 findings, broken = await find(rule, seen, self.context)
                 if broken:
                     self._note(rule, row[-1], (), broken)
@@ -186,13 +203,6 @@ async def judge_messages(
     judging = Judging(rules, messages, context, trusted)
     await judging.begin()
     return await judging.finish()
-
-
-def _tier(rule: Rule) -> int:
-    """-1: looks at the length; 0: reads the text alone; 1: asks a model of its own; 2: asks a language model."""
-    if rule.confirm is not None:
-        return 2
-    return int(getattr(rule.validator, "tier", 0 if streams(rule.validator) else 1))
 
 
 def in_scope(rule: Rule, messages: Sequence[Message], without: Collection[int] = ()) -> list[int]:
@@ -311,6 +321,8 @@ def _refused_before(rules: Sequence[Rule], messages: Sequence[Message]) -> set[i
     A person's answer may stand before the reply, and a ticket's number after it, as paragraphs of their own. A question
     that no rule could read counts too: nothing is known about it.
     """
+    if len(messages) < 2:
+        return set()
     replies = [BROKEN_REPLY, *(rule.reply.strip() for rule in rules if rule.action.stops and rule.reply.strip())]
     paragraphs = [f"\n\n{reply}\n\n" for reply in replies]
     out: set[int] = set()
@@ -329,7 +341,6 @@ def _still_asked(messages: Sequence[Message]) -> int:
 
 
 def _verdict(rules: Sequence[Rule], hits: Sequence[Hit], seen: Sequence[Message]) -> Verdict:
-    by_name = {rule.name: rule for rule in rules}
     enforced = [hit for hit in hits if hit.mode == "enforce"]
     action = max((hit.action for hit in enforced), default=Action.ALLOW)
     strictest = [hit for hit in enforced if hit.action is action and action]
@@ -337,7 +348,7 @@ def _verdict(rules: Sequence[Rule], hits: Sequence[Hit], seen: Sequence[Message]
     last = next((message.content for message in reversed(seen) if message.role == "user"), "")
     if decider is None or not action.stops:
         return Verdict(action, last, rule=decider.rule if decider else "", hits=tuple(hits))
-    rule = by_name[decider.rule]
+    rule = next(rule for rule in rules if rule.name == decider.rule)
     reply = BROKEN_REPLY if decider.broken else rule.reply
     route = rule.route if action is Action.ESCALATE else ""
     return Verdict(action, reply, rule=rule.name, route=route, hits=tuple(hits))

@@ -17,8 +17,8 @@ from bisect import insort
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from guardrails import reading
-from guardrails.reading import Reader
+from guardrails.plan import plan_of
+from guardrails.reading import Reader, Together
 from guardrails.types import BROKEN_REPLY, Action, Context, Finding, Hit, Placeholders, Rule, Verdict
 from guardrails.views import Views
 
@@ -85,6 +85,8 @@ def _place(one: Finding) -> tuple[int, int, str]:
 
 def _hit(reader: Reader, before: int) -> Hit | None:
     """What this rule saw up to `before`, or None when it saw nothing and did not break."""
+    if not reader.findings and not reader.broken:
+        return None
     findings = tuple(sorted((f for f in reader.findings if f.start <= before), key=_place))
     if not findings and not reader.broken:
         return None
@@ -100,15 +102,16 @@ class Guard:
     """
 
     def __init__(self, rules: Sequence[Rule], context: Context | None = None, write: Write | None = None):
-        readers = [Reader(order, rule) for order, rule in enumerate(rules)]
+        plan = plan_of(rules)
         self._context, self._write = context or Context(), write
-        self._all = readers
-        self._streaming = [reader for reader in readers if not reading.whole(reader.rule)]
-        self._sentences = [one for one in readers if reading.whole(one.rule) and one.rule.every == "sentence"]
-        self._whole = [one for one in readers if reading.whole(one.rule) and one.rule.every == "text"]
-        self._held = any(reader.enforced for reader in self._whole)
-        self._views = Views()
-        self._viewed = any(reader.rule.views for reader in self._streaming)
+        self._all = readers = [Reader(order, rule) for order, rule in enumerate(plan.rules)]
+        self._joint = [Together(joint, readers) for joint in plan.joints]
+        self._single = [readers[place] for place in plan.single]
+        self._sentences = [readers[place] for place in plan.sentences]
+        self._whole = [readers[place] for place in plan.whole]
+        self._held = plan.held
+        self._views, self._viewed, self._moved = Views(), plan.viewed, True
+        self._others = plan.others
         self._text, self._half = "", ""
         self._cursor = 0
         self._kept: list[str] = []
@@ -121,6 +124,22 @@ class Guard:
     def draft(self) -> str:
         """Everything fed so far, as it was written."""
         return self._text
+
+    @property
+    def cursor(self) -> int:
+        """How many characters of the draft have been released, or were redacted; the next is released after them."""
+        return self._cursor
+
+    @property
+    def redacted(self) -> list[tuple[int, int]]:
+        """(start, end) of the parts of `draft[:cursor]` that were not released as they are, in order, none touching."""
+        parts: list[tuple[int, int]] = []
+        for one in self._redactions[: self._next_redaction]:
+            if parts and one.start < parts[-1][1]:
+                parts[-1] = parts[-1][0], max(parts[-1][1], -one.minus_end)
+            else:
+                parts.append((one.start, -one.minus_end))
+        return parts
 
     @property
     def asking(self) -> bool:
@@ -168,7 +187,13 @@ class Guard:
 
     def _advance(self, final: bool) -> str:
         self._look(final)
-        for reader in self._streaming:
+        if not (self._moved or final or self._others):
+            return ""
+        for joint in self._joint:
+            if self._moved or final or not joint.viewed:
+                for reader, found in joint.read(self._views, final):
+                    self._note(reader, found)
+        for reader in self._single:
             broken_before = reader.broken
             found = reader.read(self._views, final)
             if found or reader.broken != broken_before:
@@ -181,20 +206,28 @@ class Guard:
             self._views.raw.grow(self._text)
             return
         try:
-            self._views.grow(self._text, final)
+            self._moved = self._views.grow(self._text, final)
         except Exception as error:
+            self._moved = True
             self._views.raw.grow(self._text)
-            for reader in self._streaming:
+            kind = type(error).__name__
+            for joint in self._joint:
+                for reader in joint.give_up(kind) if joint.viewed else ():
+                    self._note(reader, ())
+            for reader in self._single:
                 if reader.rule.views and not reader.broken:
-                    reader.broken = type(error).__name__
+                    reader.broken = kind
                     self._note(reader, ())
 
     def _settled(self, final: bool) -> int:
         """How much of the text every enforced rule has finished with, of those that read it while it grows."""
         settled = len(self._text)
-        for reader in (*self._streaming, *self._sentences):
-            if reader.enforced and not reader.broken:
-                settled = min(settled, reader.settled)
+        for joint in self._joint:
+            if joint.enforced and joint.settled < settled and not joint.broken:
+                settled = joint.settled
+        for reader in (*self._single, *self._sentences):
+            if reader.settled < settled and reader.enforced and not reader.broken:
+                settled = reader.settled
         return settled
 
     def _note(self, reader: Reader, findings: Sequence[Finding]) -> None:
@@ -223,12 +256,19 @@ class Guard:
         """The verdict as it stands; the one on the whole text is what `finish` returns."""
         stop = self._stops[0] if self.stopped else None
         before = stop.start if stop else len(self._text)
-        hits = tuple(hit for reader in self._all if (hit := _hit(reader, before)))
+        hits = self._hits(before)
         kept = "".join(self._kept)
         if stop:
             route = stop.rule.route if stop.action is Action.ESCALATE else ""
             return Verdict(stop.action, stop.reply, kept, stop.rule.name, route, hits)
         return _delivered(kept, hits, [reader.rule for reader in self._all])
+
+    def hits(self) -> tuple[Hit, ...]:
+        """What the rules saw that counts by now, as in the verdict."""
+        return self._hits(self._stops[0].start if self.stopped else len(self._text))
+
+    def _hits(self, before: int) -> tuple[Hit, ...]:
+        return tuple(hit for reader in self._all if (hit := _hit(reader, before)))
 
 
 def redact(text: str, redactions: Sequence[Redaction], index: int, cursor: int, upto: int) -> tuple[str, int, int]:

@@ -6,11 +6,11 @@ All that is told of a text by one pass is told for all rules whose validators ar
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TypeGuard
 
 from guardrails.spans import Spans
-from guardrails.types import Rule, StreamValidator, Validator
+from guardrails.types import Policy, Rule, StreamValidator, Validator
 from guardrails.views import View
 
 MOST = 256
@@ -40,16 +40,38 @@ def looks_at(rule: Rule, view: View) -> bool:
     return rule.views and (only is None or view.name in only)
 
 
-class Joint:
-    """The patterns of several rules as one validator. rules: by place; owners: the place of the rule of each span."""
+EVERYWHERE = ("content", "reasoning", "arguments")
 
-    __slots__ = ("_within", "owners", "rules", "spans")
+
+def reads(rule: Rule) -> Collection[str]:
+    """What a rule reads of a reply: `content`, `reasoning`, `arguments`; or `call`, a tool call as a whole."""
+    channels: Collection[str] = getattr(rule.validator, "channels", EVERYWHERE)
+    return channels
+
+
+def is_joined(rule: Rule) -> bool:
+    """True for a rule that reads by patterns and nothing else."""
+    validator = rule.validator
+    if not isinstance(validator, Spans):
+        return False
+    kind = type(validator)
+    return kind.find is Spans.find and kind.readings is Spans.readings
+
+
+class Joint:
+    """The patterns of several rules as one validator. rules: by place; owners: the place of the rule of each span;
+    budget: the shortest of the rules, in seconds."""
+
+    __slots__ = ("_within", "budget", "owners", "rules", "spans")
 
     def __init__(self, rules: Iterable[tuple[int, Rule]]):
         self.rules = dict(rules)
         each = [(place, rule.validator) for place, rule in self.rules.items() if isinstance(rule.validator, Spans)]
         self.owners = [place for place, validator in each for _ in validator.spans]
-        self.spans = each[0][1] if len(each) == 1 else Spans([span for _, validator in each for span in validator.spans])
+        self.spans = (
+            each[0][1] if len(each) == 1 else Spans([span for _, validator in each for span in validator.spans])
+        )
+        self.budget = min(rule.budget for rule in self.rules.values())
         self._within: dict[str, Joint | None] = {}
 
     def within(self, view: View) -> Joint | None:
@@ -70,12 +92,35 @@ class Joint:
 class Plan:
     """Some rules, sorted by how they read. joints: those whose patterns are read together in a growing text; single:
     the others that read it; sentences, whole: those that are asked about sentences, about all of it (all by place).
-    patterns: all rules that read by patterns alone, or None."""
+    patterns: all rules that read by patterns alone, or None. by_cost: the rules, the cheap ones first, then those that
+    ask a model of their own, then those that ask a language model. places: by the id of a rule. others: whether some
+    rule reads what the views do not show yet."""
 
-    __slots__ = ("held", "joints", "patterns", "rules", "sentences", "single", "viewed", "whole")
+    __slots__ = (
+        "_channels",
+        "asking",
+        "asking_much",
+        "by_cost",
+        "cheap",
+        "held",
+        "joints",
+        "others",
+        "patterns",
+        "places",
+        "rules",
+        "sentences",
+        "single",
+        "viewed",
+        "whole",
+    )  # fmt: skip
 
     def __init__(self, rules: Sequence[Rule]):
         self.rules = tuple(rules)
+        self.places = {id(rule): place for place, rule in enumerate(rules)}
+        self.by_cost = sorted(rules, key=tier)
+        self.cheap = [rule for rule in self.by_cost if tier(rule) <= 0]
+        self.asking = [rule for rule in self.by_cost if tier(rule) == 1]
+        self.asking_much = [rule for rule in self.by_cost if tier(rule) > 1]
         places = range(len(rules))
         asked = [i for i in places if whole(rules[i])]
         self.sentences = [i for i in asked if rules[i].every == "sentence"]
@@ -83,14 +128,22 @@ class Plan:
         self.held = any(rules[i].mode == "enforce" for i in self.whole)
         growing = [i for i in places if i not in asked]
         self.viewed = any(rules[i].views for i in growing)
-        joined = [i for i in growing if isinstance(rules[i].validator, Spans)]
+        joined = [i for i in growing if is_joined(rules[i])]
         self.single = [i for i in growing if i not in joined]
+        self.others = bool(self.single) or not all(rules[i].views for i in joined)
         groups: dict[tuple[str, bool], list[tuple[int, Rule]]] = {}
         for i in joined:
             groups.setdefault((rules[i].mode, rules[i].views), []).append((i, rules[i]))
         self.joints = [Joint(group) for group in groups.values()]
+        self._channels: dict[str, tuple[Rule, ...]] = {}
         together = [(i, rules[i]) for i in joined]
         self.patterns = self.joints[0] if len(self.joints) == 1 else Joint(together) if together else None
+
+    def of_channel(self, channel: str) -> tuple[Rule, ...]:
+        """The rules that read a channel of a reply."""
+        if channel not in self._channels:
+            self._channels[channel] = tuple(rule for rule in self.rules if channel in reads(rule))
+        return self._channels[channel]
 
 
 _PLANS: OrderedDict[tuple[int, ...], Plan] = OrderedDict()
@@ -105,3 +158,15 @@ def plan_of(rules: Sequence[Rule]) -> Plan:
         if len(_PLANS) > MOST:
             _PLANS.popitem(last=False)
     return plan
+
+
+def prepare(policy: Policy) -> None:
+    """Makes all that the first text of a policy would wait for (some 0.1 s for the shipped ones)."""
+    for rules in (policy.input, policy.output):
+        plan_of(rules)
+    for channel in EVERYWHERE:
+        plan = plan_of(plan_of(policy.output).of_channel(channel))
+        for joint in plan.joints:
+            joint.spans.parts.candidates("")
+            joint.spans.begun.first("", 0, 0)
+            joint.spans.begun.alive("", 0, 0)

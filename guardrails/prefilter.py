@@ -1,4 +1,4 @@
-r"""One linear pass over a text for many patterns (RE2) that says which of them may match, or may be under way at its end.
+r"""One linear pass over a text for many patterns (RE2): which of them may match, or may be under way at its end.
 
 Each pattern is rewritten for RE2 so that it matches at least what `regex` matches (see `guardrails.syntax`); one that
 cannot be rewritten is always a candidate. RE2 reads one byte a character: Latin-1, with `?` for all beyond it, so every
@@ -24,7 +24,7 @@ PROGRAM = 200_000
 BEGUN_PROGRAM = 1_000_000
 """The same for the beginnings of a pattern."""
 BEGUN_COPIES, NEAR = 16, 3
-"""How often a counted repeat of one character is written out in a beginning, and how near its bounds must be to count."""
+"""How often a counted repeat of one character is written out in a beginning, and how near its bounds must be."""
 START = "\0"
 """What stands before a text whose beginning is asked for: it may be any character."""
 
@@ -130,7 +130,7 @@ def _window(text: str, start: int, end: int) -> bytes:
 
 @lru_cache(1024)
 def begun(pattern: str) -> bytes:
-    """What matches, after the character before it, every beginning of what `pattern` matches, also the whole of it.
+    """What matches, after the character before it, every beginning of what `pattern` matches, the whole of it too.
 
     Raises Unreadable where there is none.
     """
@@ -156,40 +156,26 @@ def _started(node: Node) -> bytes:
     return ANY_SIGN
 
 
-def _begun(node: Node) -> bytes:
-    """Every beginning of the node, the empty one and the whole one too."""
+def _begun(node: Node, rest: bytes = b"") -> bytes:
+    """Every beginning, but for the empty one, of the node and what follows it, of which `rest` says the same."""
+    more = b"(?:%s)?" % rest if rest else b""
     if isinstance(node, Chars):
-        return _set(node) + b"?"
+        return _set(node) + more
+    if isinstance(node, Row):
+        for part in reversed(syntax.edges(node.parts)):
+            rest = _begun(part, rest)
+        return rest
     if isinstance(node, Choice):
-        return b"(?:%s)" % b"|".join(dict.fromkeys(map(_begun, node.parts)))
-    if isinstance(node, Repeat):
-        return _begun_repeat(node, b"")
-    if not isinstance(node, Row):
-        return b""
-    rest = b""
-    for part in reversed(syntax.edges(node.parts)):
-        if isinstance(part, Chars):
-            rest = b"(?:%s%s)?" % (_set(part), rest)
-        elif isinstance(part, Repeat):
-            rest = _begun_repeat(part, rest)
-        elif whole := _whole(part):
-            rest = b"(?:%s|%s%s)" % (_begun(part), whole, rest) if rest else _begun(part)
-    return rest
-
-
-def _begun_repeat(node: Repeat, rest: bytes) -> bytes:
-    """Every beginning of a repeat and what follows it, of which `rest` is every beginning."""
-    whole = _whole(node.part)
-    if not whole:
+        ways = dict.fromkeys(filter(None, map(_begun, node.parts)))
+        return b"(?:%s)" % b"|".join([*ways, _whole(node) + rest] if rest else ways) if ways else rest
+    if not isinstance(node, Repeat) or not (whole := _whole(node.part)):
         return rest
     if not isinstance(node.part, Chars):
-        begun, often = _begun(node.part), b"?" if node.most == 1 else b"*"
-        return b"(?:%s)%s(?:%s|%s)" % (whole, often, begun, rest) if rest else b"(?:%s)%s%s" % (whole, often, begun)
-    bounded = node.most is not None and node.most <= BEGUN_COPIES + NEAR
-    upto = b"{0,%d}" % node.most if bounded and node.most is not None else b"*"
-    if not rest or node.least <= 1:
-        return whole + upto + rest
-    return b"(?:%s%s|%s%s)" % (whole, upto, _whole(node), rest)
+        often = b"?" if node.most == 1 else b"*"
+        return b"(?:%s)%s(?:%s)" % (whole, often, b"|".join(filter(None, [_begun(node.part), rest])))
+    upto = b"{1,%d}" % node.most if node.most is not None and 0 < node.most <= BEGUN_COPIES + NEAR else b"+"
+    ways_on = [whole + upto + more] if node.least <= 1 or not rest else [whole + upto, _whole(node) + rest]
+    return b"(?:%s)" % b"|".join([*ways_on, rest] if rest and not node.least else ways_on)
 
 
 def _whole(node: Node) -> bytes:
@@ -204,8 +190,10 @@ def _whole(node: Node) -> bytes:
         return b""
     single = isinstance(node.part, Chars)
     least = min(node.least, BEGUN_COPIES if single else NEAR)
-    near = node.most is not None and node.most - least <= NEAR
-    return (inner if single else b"(?:%s)" % inner) + (b"{%d,%d}" % (least, node.most) if near else b"{%d,}" % least)
+    often = b"{%d,}" % least
+    if node.most is not None and node.most - least <= NEAR:
+        often = b"{%d,%d}" % (least, node.most)
+    return (inner if single else b"(?:%s)" % inner) + often
 
 
 @lru_cache(1024)

@@ -1,18 +1,19 @@
-"""One rule and one text: what the rule finds in it, as it is and as it may be disguised, whole or while it grows."""
+"""Rules and one text: what they find in it, as it is and as it may be disguised, whole or while it grows."""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from time import perf_counter
-from typing import TypeGuard
 
 import regex
 
-from guardrails.types import Context, Finding, Reading, Rule, StreamValidator, Validator
-from guardrails.views import View, Views, findings_home
+from guardrails.plan import Joint, looks_at, streams, whole
+from guardrails.spans import Spans, SpansReading
+from guardrails.types import Context, Finding, Reading, Rule, Validator
+from guardrails.views import View, Views, findings_home, unusual
 
 LONG = 20_000
 """Characters from which on a text is read in a thread, within its rule's budget."""
@@ -28,31 +29,41 @@ SENTENCE_CHARACTERS, SENTENCE_MOST = 60, 600
 _END = regex.compile(r"[.!?…。！？]+[\"'”’)\]]*\s+|\n+\s*|[。！？]")
 
 
-def streams(validator: Validator) -> TypeGuard[StreamValidator]:
-    """True for a validator that can read a growing text (`isinstance` with a protocol is slow)."""
-    return hasattr(validator, "readings")
-
-
-def whole(rule: Rule) -> bool:
-    """True for a rule that cannot read a growing text by itself."""
-    return rule.confirm is not None or not streams(rule.validator)
-
-
-def looks_at(rule: Rule, view: View) -> bool:
-    """True where a rule reads this view: it may be for the text alone, its validator for some views only."""
-    only = getattr(rule.validator, "views", None)
-    return rule.views and (only is None or view.name in only)
-
-
 class Seen:
-    """A whole text that several rules read: its views are made once, and what was found before is remembered."""
+    """A whole text that several rules read: its views are made once, and what was found before is remembered.
 
-    __slots__ = ("_digest", "_views", "text")
+    joint: the patterns of those rules, told in one pass.
+    """
 
-    def __init__(self, text: str):
-        self.text = text
+    __slots__ = ("_digest", "_joint", "_likely", "_views", "text")
+
+    def __init__(self, text: str, joint: Joint | None = None):
+        self.text, self._joint = text, joint
         self._views: Views | None = None
+        self._likely: Collection[int] | None = None
         self._digest = b""
+
+    def is_quiet(self, place: int) -> bool:
+        """True where the rule at this place reads by patterns of which none can match in the text or in its views."""
+        joint = self._joint
+        if joint is None or place not in joint.rules:
+            return False
+        if self._likely is None:
+            try:
+                self._likely = self._found_likely(joint)
+            except Exception:  # the rules meet it themselves, and are broken by it
+                self._likely = joint.rules
+        return place not in self._likely
+
+    def _found_likely(self, joint: Joint) -> Collection[int]:
+        """The places of the rules that may find something."""
+        if len(self.text) > LONG or (len(self.text) > BUSY and unusual(self.text)):
+            return joint.rules
+        likely = joint.candidates(self.text)
+        for view in self.views:
+            if len(likely) < len(joint.rules) and (part := joint.within(view)):
+                likely |= part.candidates(view.text)
+        return likely
 
     @property
     def views(self) -> list[View]:
@@ -209,13 +220,13 @@ def once(findings: Iterable[Finding]) -> list[Finding]:
 class Reader:
     """One rule's progress through one growing text: what it has found, how far it has settled, whether it broke."""
 
-    __slots__ = ("_asked", "_readings", "_seen", "_spent", "broken", "findings", "order", "rule", "settled")
+    __slots__ = ("_asked", "_readings", "_seen", "broken", "findings", "order", "rule", "settled", "spent")
 
     def __init__(self, order: int, rule: Rule):
         self.order, self.rule = order, rule
-        self._readings: dict[str, Sequence[Reading]] = {}
-        self._seen: set[tuple[str, int, int]] = set()
-        self._asked, self._spent = 0, 0.0
+        self._readings: dict[str, Sequence[Reading]] | None = None
+        self._seen: set[tuple[str, int, int]] | None = None
+        self._asked, self.spent = 0, 0.0
         self.findings: list[Finding] = []
         self.settled = 0
         self.broken = ""
@@ -242,17 +253,19 @@ class Reader:
                 more, reached = self._read(view, final)
                 new += more
                 settled = min(settled, reached)
-            self._spent += perf_counter() - began
-            if self._spent > self.rule.budget:
+            self.spent += perf_counter() - began
+            if self.spent > self.rule.budget:
                 raise TimeoutError
         except Exception as error:
             self.broken = type(error).__name__
             return []
         self.settled = settled
-        return self._noted(new)
+        return self.noted(new)
 
     def _read(self, view: View, final: bool) -> tuple[list[Finding], int]:
         """(new findings, settled) of one view, in places of the original text."""
+        if self._readings is None:
+            self._readings = {}
         readings = self._readings.get(view.name)
         if readings is None:
             readings = self._readings[view.name] = _readings(self.rule.validator)
@@ -266,11 +279,15 @@ class Reader:
             settled = min(settled, reached)
         return new, settled if own else view.home(settled)
 
-    def _noted(self, found: Iterable[Finding]) -> list[Finding]:
+    def noted(self, found: Iterable[Finding]) -> list[Finding]:
+        """The findings that reach the threshold and are new; they are kept."""
         new = [one for one in found if one.score >= self.rule.threshold]
+        if not new:
+            return new
         if self._seen or len(new) > 1:
-            new = [one for one in once(new) if (one.label, one.start, one.end) not in self._seen]
-        self._seen.update((one.label, one.start, one.end) for one in new)
+            known = self._seen or ()
+            new = [one for one in once(new) if (one.label, one.start, one.end) not in known]
+        self._seen = (self._seen or set()).union((one.label, one.start, one.end) for one in new)
         self.findings += new
         return new
 
@@ -297,13 +314,110 @@ class Reader:
                 break
             new += [Finding(one.label, one.start + start, one.end + start, one.score, one.note) for one in found]
             self._asked = self.settled = end
-        return self._noted(new)
+        return self.noted(new)
 
     async def ask_whole(self, text: str, context: Context) -> list[Finding]:
         """The findings in the whole text, within the rule's budget."""
         self.findings, self.broken = await find(self.rule, Seen(text), context)
         self.settled = 0 if self.broken else len(text)
         return self.findings
+
+
+class Together:
+    """Rules whose patterns are read together, and one growing text. readers: of all rules, by place.
+
+    The time of a pass is shared among the rules; that of an exact search is its own rule's.
+    """
+
+    __slots__ = ("_joint", "_least", "_readers", "_readings", "_searched", "_shared", "enforced", "settled", "viewed")
+
+    def __init__(self, joint: Joint, readers: Sequence[Reader]):
+        self._joint, self._readers = joint, readers
+        self._readings: dict[str, SpansReading] = {}
+        self._searched = self._shared = 0.0
+        self._least, one = joint.budget, next(iter(joint.rules.values()))
+        self.enforced, self.viewed = one.mode == "enforce", one.views
+        self.settled = 0
+
+    @property
+    def broken(self) -> bool:
+        """True where none of the rules is left to read."""
+        return all(self._readers[place].broken for place in self._joint.rules)
+
+    def read(self, views: Views, final: bool) -> list[tuple[Reader, list[Finding]]]:
+        """(reader, its new findings) for each rule that found something, or broke now."""
+        began, searched = perf_counter(), self._searched
+        told: dict[int, list[Finding]] = {}
+        try:
+            settled = self._read(views.raw, self._joint, final, told)
+            for view in views.different if self.viewed else ():
+                if part := self._joint.within(view):
+                    settled = min(settled, self._read(view, part, final, told))
+        except Exception as error:
+            self._break_all(type(error).__name__, told)
+            settled = self.settled
+        self._shared += (perf_counter() - began - self._searched + searched) / len(self._joint.rules)
+        if self._shared + self._searched > self._least:
+            for place, rule in self._joint.rules.items():
+                if self._shared + self._readers[place].spent > rule.budget:
+                    self._break(place, "TimeoutError", told)
+        self.settled = settled
+        return [(self._readers[place], self._readers[place].noted(found)) for place, found in told.items()]
+
+    def give_up(self, kind: str) -> list[Reader]:
+        """Breaks the rules that are not broken yet, where they had settled; these are returned."""
+        told: dict[int, list[Finding]] = {}
+        self._break_all(kind, told)
+        return [self._readers[place] for place in told]
+
+    def _break_all(self, kind: str, told: dict[int, list[Finding]]) -> None:
+        for place in self._joint.rules:
+            self._break(place, kind, told)
+
+    def _read(self, view: View, joint: Joint, final: bool, told: dict[int, list[Finding]]) -> int:
+        """How far one view has settled, as a place of the original text; `told` gets what is found."""
+        reading = self._readings.get(view.name)
+        if reading is None:
+            reading = self._readings[view.name] = SpansReading(joint.spans)
+        text = view.text
+        end = view.cap if self.viewed else len(text)
+        numbers, settled = reading.look(text, end, final)
+        text = text[:end] if numbers else text
+        for number in numbers:
+            settled = min(settled, self._search(reading, number, joint.owners[number], view, text, final, told))
+        reading.settled = max(reading.settled, settled)
+        return reading.settled if view.source is None else view.home(reading.settled)
+
+    def _search(
+        self, reading: SpansReading, number: int, place: int, view: View, text: str, final: bool,
+        told: dict[int, list[Finding]],
+    ) -> int:  # fmt: skip
+        """How far one pattern has settled; what raises breaks its rule, and holds nothing back."""
+        reader = self._readers[place]
+        if reader.broken:
+            return len(text)
+        began = perf_counter()
+        try:
+            found, reached = reading.exact(number, text, final)
+            if isinstance(reader.rule.validator, Spans):
+                found = reader.rule.validator.kept(text, found)
+            if found:
+                told.setdefault(place, []).extend(found if view.source is None else findings_home(view, found))
+            return reached
+        except Exception as error:
+            self._break(place, type(error).__name__, told)
+            return len(text)
+        finally:
+            took = perf_counter() - began
+            reader.spent += took
+            self._searched += took
+
+    def _break(self, place: int, kind: str, told: dict[int, list[Finding]]) -> None:
+        """Breaks a rule where it had settled before; what it found in this pass does not count."""
+        reader = self._readers[place]
+        if not reader.broken:
+            reader.broken, reader.settled = kind, self.settled
+            told[place] = []
 
 
 def sentence_end(text: str, start: int, final: bool) -> int:

@@ -11,18 +11,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Coroutine, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 from guardrails.arguments import Arguments
 from guardrails.engine import Guard, judge
+from guardrails.plan import plan_of
 from guardrails.types import Action, Context, Hit, Rule, Verdict
 
+T = TypeVar("T")
 CONTENT, REASONING, ARGUMENTS, CALL = "content", "reasoning", "arguments", "call"
-EVERYWHERE = (CONTENT, REASONING, ARGUMENTS)
 NOT_OFFERED = "tool-not-offered"
 """What stops a reply that calls a tool which it was not offered, as a rule's name."""
 NOT_OFFERED_REPLY = "The answer was stopped, because it would have used a tool that it was not given."
+
+
+UNDECIDED = Verdict(Action.ALLOW, "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +56,9 @@ class Reply:
         structured: bool = False,
         restored: Callable[[str], str] = str,
     ):
-        self._rules, self._context = rules, context
+        self._plan, self._context = plan_of(rules), context
         self._offered, self._structured, self._restored = offered, structured, restored
-        self._call_rules = [rule for rule in rules if CALL in reads(rule)]
+        self._call_rules = self._plan.of_channel(CALL)
         self._held = any(rule.mode == "enforce" for rule in self._call_rules)
         self._parts: dict[str, _Part] = {}
         self._stopped = ""
@@ -105,6 +110,14 @@ class Reply:
         """Everything that was released in a channel."""
         return "".join(self._parts[channel].given) if channel in self._parts else ""
 
+    def cursor(self, channel: str = CONTENT) -> int:
+        """How many characters of a channel's draft have been released, or were redacted, by its rules."""
+        return self._parts[channel].guard.cursor if channel in self._parts else 0
+
+    def redacted(self, channel: str = CONTENT) -> list[tuple[int, int]]:
+        """(start, end) of the parts of the draft up to the cursor that were not released as they are."""
+        return self._parts[channel].guard.redacted if channel in self._parts else []
+
     def feed(self, channel: str, delta: str, name: str = "") -> list[Piece]:
         """What may be released now that `delta` has come, and with it perhaps a part of the name of the tool.
 
@@ -126,22 +139,23 @@ class Reply:
 
     async def finish(self) -> tuple[list[Piece], Verdict]:
         """(the last piece of each channel, the verdict on the reply): everything ends here."""
-        for name in self.calls:
+        calls = self.calls
+        for name in calls:
             if not self.stopped:
                 self._begin(name, self._parts[name])
-        if not self.calls:
+        if not calls:
             self._part(CONTENT)
         if self.stopped:
             return await self._end_of_stopped(), self._stop_verdict()
         names = sorted((name for name in self._parts if not self._silent(name)), key=_order)
-        lasts = await asyncio.gather(*(self._parts[name].finish() for name in names))
+        lasts = await _each([self._parts[name].finish() for name in names])
         stops = [name for name in names if self._parts[name].verdict.action.stops]
         if stops:
             self._stopped = max(stops, key=lambda name: self._parts[name].verdict.action)
             last = dict(zip(names, lasts, strict=True))[self._stopped]
             return self._give(self._stopped, last), self._stop_verdict()
-        await asyncio.gather(*(self._judge_call(self._parts[name]) for name in self.calls))
-        if refused := [name for name in self.calls if self._parts[name].call.action.stops]:
+        await _each([self._judge_call(self._parts[name]) for name in calls])
+        if refused := [name for name in calls if self._parts[name].call.action.stops]:
             self._stopped = max(refused, key=lambda name: self._parts[name].call.action)
             return [], self._stop_verdict()
         pieces = [piece for name, last in zip(names, lasts, strict=True) for piece in self._give(name, last, True)]
@@ -150,9 +164,8 @@ class Reply:
     def _part(self, channel: str) -> _Part:
         if channel not in self._parts:
             kind = ARGUMENTS if _is_call(channel) else channel
-            rules = [rule for rule in self._rules if kind in reads(rule)]
             in_json = kind == ARGUMENTS or (self._structured and kind == CONTENT)
-            self._parts[channel] = _Part(rules, self._context, in_json)
+            self._parts[channel] = _Part(self._plan.of_channel(kind), self._context, in_json)
         return self._parts[channel]
 
     def _silent(self, channel: str) -> bool:
@@ -177,6 +190,8 @@ class Reply:
         A call that its rules want to have redacted is left out.
         """
         part = self._parts[channel]
+        if not (text or part.waiting or final):
+            return []
         part.waiting += text
         if _is_call(channel) and (part.call.action is Action.REDACT or (self._held and not final)):
             return []
@@ -206,9 +221,12 @@ class Reply:
 
     def _verdict(self) -> Verdict:
         """The verdict on a reply that nothing stops: lines are appended to what is said only."""
-        said = Verdict(Action.ALLOW, self.released(), self.released())
         if CONTENT in self._parts and not self._silent(CONTENT):
             said = self._parts[CONTENT].verdict
+        else:
+            said = Verdict(Action.ALLOW, self.released(), self.released())
+        if list(self._parts) == [CONTENT]:
+            return replace(said, text=said.kept) if self._structured else said
         verdicts = [said, *(verdict for part in self._parts.values() for verdict in (part.verdict, part.call))]
         strictest = max(verdicts, key=lambda verdict: verdict.action if verdict.action > Action.APPEND else 0)
         decider = strictest if strictest.action > max(said.action, Action.APPEND) else said
@@ -218,7 +236,12 @@ class Reply:
     def _hits(self) -> tuple[Hit, ...]:
         """What every rule saw in any channel."""
         parts = [self._parts[name] for name in sorted(self._parts, key=_order)]
-        return tuple(hit for part in parts for hit in (*part.guard.verdict().hits, *part.call.hits))
+        return tuple(hit for part in parts for hit in (*part.guard.hits(), *part.call.hits))
+
+
+async def _each(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
+    """What they return, in their order; more than one at once."""
+    return [await job for job in jobs] if len(jobs) < 2 else await asyncio.gather(*jobs)
 
 
 class _Part:
@@ -233,7 +256,7 @@ class _Part:
     def __init__(self, rules: Sequence[Rule], context: Context | None, in_json: bool):
         self._json = Arguments() if in_json else None
         self.guard = Guard(rules, context, self._json.placeholder if self._json else None)
-        self.verdict = self.call = Verdict(Action.ALLOW, "")
+        self.verdict = self.call = UNDECIDED
         self.given = list[str]()
         self.waiting = self.name = ""
         self.begun = self.opened = False
@@ -247,12 +270,6 @@ class _Part:
         rest = self.guard.feed(self._json.finish()) if self._json else ""
         last, self.verdict = await self.guard.finish()
         return rest + last
-
-
-def reads(rule: Rule) -> Collection[str]:
-    """What a rule reads of a reply: `content`, `reasoning`, `arguments`; or `call`, a tool call as a whole."""
-    channels: Collection[str] = getattr(rule.validator, "channels", EVERYWHERE)
-    return channels
 
 
 def _is_call(channel: str) -> bool:

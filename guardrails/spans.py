@@ -150,16 +150,17 @@ _prefilter, _begun = lru_cache(128)(Prefilter), lru_cache(128)(Begun)
 class SpansReading:
     """The progress of many spans through one text.
 
-    `look` says which spans may match in what is new, or have been under way for long; only they are read exactly
-    (`exact`), until every place is settled where they may have begun. What has begun shortly before the end waits.
+    `look` says which spans may match in what is new, or have been under way for long; only they are watched: read
+    exactly (`exact`) until every place is settled where they may have begun. What began shortly before the end waits.
     """
 
-    __slots__ = ("_next", "_read", "_spans", "settled")
+    __slots__ = ("_first", "_next", "_read", "_spans", "_watched", "settled")
 
     def __init__(self, spans: Spans):
         self._spans = spans
         self._next: dict[int, int] = {}  # by span: where to go on
-        self._read = self.settled = 0
+        self._watched: set[int] = set()
+        self._first = self._read = self.settled = 0  # what began before `_first` and may still end is watched
 
     def read(self, text: str, final: bool) -> tuple[Sequence[Finding], int]:
         """The new certain findings and how far the text is settled (see `guardrails.types.Reading`)."""
@@ -167,32 +168,36 @@ class SpansReading:
         found: list[Finding] = []
         for number in numbers:
             more, reached = self.exact(number, text, final)
-            found += more
+            found += self._spans.kept(text, more)
             settled = min(settled, reached)
         self.settled = max(self.settled, settled)
         return found, self.settled
 
     def look(self, text: str, end: int, final: bool) -> tuple[Sequence[int], int]:
         """(the spans that are to be read exactly in `text[:end]`, how far the text is settled for all others)."""
-        spans, start = self._spans, self.settled
+        spans, start = self._spans, self._first
         if final:
-            return sorted(spans.prefilter.candidates(text[max(0, start - BEFORE) : end])), end
+            return sorted(spans.prefilter.candidates(text[max(0, self.settled - BEFORE) : end])), end
         if end == self._read:
-            return (), start
+            return (), self.settled
         self._read = end
         numbers = spans.parts.candidates(text[max(0, start - 1) : end])
         first = spans.begun.first(text, start, end)
         if end - first > LONG:
             numbers |= spans.begun.alive(text, start, end)
             first = end
-        return sorted(numbers.union(spans.begun.unread)), first
+        self._first = first
+        if numbers or self._watched or spans.begun.unread:
+            return sorted(numbers.union(self._watched, spans.begun.unread)), first
+        return (), first
 
     def exact(self, number: int, text: str, final: bool) -> tuple[list[Finding], int]:
         """(the new findings of one span, how far it is settled)."""
         span, start = self._spans.spans[number], max(self.settled, self._next.get(number, 0))
         reached = len(text) if final else span.live(text, start)
         found, self._next[number] = span.findings(text, start, reached)
-        return self._spans.kept(text, found), reached
+        (self._watched.add if reached < self._first else self._watched.discard)(number)
+        return found, reached
 
 
 class Spans:

@@ -88,7 +88,7 @@ QUANTIFIER = regex.compile(r"(?:([*+?])|\{([0-9]+)\}|\{([0-9]*),([0-9]*)\})[?+]?
 GROUP = regex.compile(
     r"\?(?:(P?<(?![=!])[^>]*>)|(:)|(>)|(\|)|(#)|(<?[=!])|P=(\w+)\)|([a-zA-Z]*)(?:-([a-zA-Z]+))?([:)]))"
 )
-NARROW = regex.compile(r"(?s:.)|\\[^\w\s]|\\[ntrfva]|\[(?!\^)(?:[\x00-\x5a\x5e-\x7f]|\\[^\w\s])+\]")
+NARROW = regex.compile(r"(?s:.)|\\[^\w]|\\[ntrfva]|\[(?!\^)(?:[\x00-\x5a\x5e-\x7f]|\\[^\w]|\\[ntrfva])+\]")
 """A character, or a set of characters and ranges, that has nothing beyond ASCII if it is written in ASCII."""
 POSIX = regex.compile(r"\[:\^?\w+:\]")
 ESCAPED = regex.compile(r"\\(?:([dDwWsSh])|([pP](?:\{[^}]*\}|[A-Z]))|([AZzmM])|(b)|(B)|([ntrfva])|(x[0-9a-fA-F]{2}"

@@ -127,13 +127,8 @@ class Watch:
 
     async def _seen(self) -> None:
         """Notes which models the engine lists; raises BackendError when it is not well or lists none of ours."""
-        member, began = self._member, self._clock()
-        try:
-            names = await self._look(member.upstream(""))
-        except BackendError as error:
-            if error.fault == "timeout" and member.heard > began:
-                return  # it answers requests, and is only too busy for us
-            raise
+        member = self._member
+        names = await self._look(member.upstream(""))
         member.models = names if self._listed else None
         if member.models is not None and not member.models & set(wanted := self._models()):
             raise BackendError("broken", f"it lists none of the models that it is asked for: {', '.join(wanted)}")
@@ -177,7 +172,10 @@ class Watch:
         member.probed, member.misses, member.last_error = True, 0, ""
 
     def _missed(self, error: BackendError) -> None:
-        """An engine that was not well twice, or is not there, gets no more requests."""
+        """An engine that was not well twice, or is not there, gets no more requests.
+
+        An answer to a request in between counts for more: it is only too busy for us.
+        """
         member = self._member
         member.misses += 1
         member.last_error = f"{error.fault}: {error.message}"

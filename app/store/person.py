@@ -36,4 +36,4 @@ async def everything(connection: AsyncConnection, whose: Whose, actor: str, reas
 
 async def _rows(connection: AsyncConnection, table: Any, where: ColumnElement[bool]) -> list[dict[str, Any]]:
     query = select(table).where(where).order_by(*table.primary_key)
-    return [dict(row) for row in (await connection.execute(query)).mappings()]
+    return [{str(name): value for name, value in row.items()} for row in (await connection.execute(query)).mappings()]

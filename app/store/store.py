@@ -10,8 +10,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from sqlalchemy.ext.asyncio import AsyncConnection
-
 from alignment.records import Judged
 from app.records import (
     NO_LIMITS,
@@ -528,9 +526,7 @@ class Store:
         whose = Whose(tenant, subject, conversation)
         return await self._db.write(lambda connection: person.everything(connection, whose, actor, reason))
 
-    async def values_of(
-        self, tenant: str, *, subject: str = "", conversation: str = ""
-    ) -> list[tuple[Owner, Sealed]]:
+    async def values_of(self, tenant: str, *, subject: str = "", conversation: str = "") -> list[tuple[Owner, Sealed]]:
         """The sealed values that are kept of a person or of a conversation, and whose each is."""
         whose = Whose(tenant, subject, conversation)
         return await self._db.read(lambda connection: vault.of(connection, whose))

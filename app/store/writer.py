@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
+from typing import Literal
 
 from app.records import Turn, now
 from app.store import tables, turns
@@ -23,6 +24,7 @@ from app.store.history import Record
 from app.store.turns import Draft, Mixed, Unlinked
 
 log = logging.getLogger(__name__)
+Count = Literal["written", "batches", "spilled", "rejected", "lost"]
 DELAY = 0.03
 """Seconds that a turn may wait for others."""
 BATCH = 500
@@ -39,6 +41,8 @@ REMEMBERED_BYTES = 4 * 2**20
 """Of records of turns, for those that continue them."""
 REFUSED = 1000
 """Turns that the database turned down, whose errors are kept for those who wait for them."""
+FRESH = 1.0
+"""Seconds for which a write that went well stands for the next one."""
 PROBE, LAST_PROBE = 0.25, 5.0
 """Seconds between attempts to write while none succeeds, doubled from the first to the last."""
 
@@ -91,12 +95,13 @@ class TurnWriter:
     healthy: False from a batch that the database did not take until it takes one, or answers a probe. For counters:
     written, batches: turns and transactions that went well. spilled: turns that went to the disk instead. rejected:
     turns that the database turned down for good, put aside on the disk. lost: turns that are recorded nowhere.
+    told: called with the name of one of these five and how many there are more.
     """
 
     __slots__ = (
         *("_armed", "_aside", "_batch", "_current", "_db", "_failures", "_flying", "_most", "_next", "_probing"),
-        *("_records", "_refused", "_spill", "_tails", "_waiting", "batches", "delay", "healthy", "lost", "rejected"),
-        *("spilled", "written"),
+        *("_proven", "_proving", "_records", "_refused", "_spill", "_tails", "_waiting"),
+        *("batches", "delay", "healthy", "lost", "rejected", "spilled", "told", "written"),
     )
 
     def __init__(
@@ -121,9 +126,12 @@ class TurnWriter:
         self._current: asyncio.Task[None] | None = None
         self._next: asyncio.Task[None] | None = None
         self._probing: asyncio.Task[None] | None = None
+        self._proving: asyncio.Task[bool] | None = None
+        self._proven = float("-inf")
         self._failures = 0
         self.healthy = True
         self.written = self.batches = self.spilled = self.rejected = self.lost = 0
+        self.told: Callable[[Count, int], object] = lambda what, more: None
 
     # --- for the request
 
@@ -135,7 +143,7 @@ class TurnWriter:
         """
         waiting = self._waiting
         if len(waiting) >= self._most and turn.id not in waiting:
-            self.lost += 1
+            self._count("lost", 1)
             log.error("turn %s of tenant %s is lost: %d turns wait already", turn.id, turn.tenant, len(waiting))
             return
         waiting[turn.id] = turn
@@ -166,17 +174,28 @@ class TurnWriter:
         if (error := self._refused.pop(turn.id, None)) is not None:
             raise error
 
+    async def prove(self) -> bool:
+        """True when the database has taken a write within the last second, or takes one now.
+
+        For a request of a tenant that wants no answer without a record: an outage that began while nothing was written
+        is found before the request is answered.
+        """
+        if self.healthy and asyncio.get_running_loop().time() - self._proven < FRESH:
+            return True
+        if self._proving is None or self._proving.done():
+            self._proving = asyncio.create_task(self._pulse(), name="newel-turns-pulse")
+        return await asyncio.shield(self._proving)
+
     async def close(self) -> None:
         """Writes what is queued; what cannot be written or spilled now is lost, and counted."""
         if self._probing is not None:
             self._probing.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._probing
+            await asyncio.wait([self._probing])
         with suppress(SpillFull):
             await self.flush()
         self._disarm()
         if self._waiting:
-            self.lost += len(self._waiting)
+            self._count("lost", len(self._waiting))
             log.error("%d turns are lost: they could be written nowhere", len(self._waiting))
             self._waiting.clear()
 
@@ -208,6 +227,10 @@ class TurnWriter:
         """Forgets what was written before, for those who delete turns. What waits is not touched: flush first."""
         self._tails.clear()
         self._records.clear()
+
+    def _count(self, what: Count, more: int) -> None:
+        setattr(self, what, getattr(self, what) + more)
+        self.told(what, more)
 
     def _remember(self, turn: Turn) -> None:
         key = (turn.tenant, turn.tail_hash)
@@ -283,9 +306,9 @@ class TurnWriter:
                 log.warning("turns go to the disk: %s", error)
             self._ail()
             await self._spill(some)
-            self.spilled += len(some)
+            self._count("spilled", len(some))
         else:
-            self.healthy = True
+            self._took()
 
     async def _write(self, some: list[Turn]) -> None:
         """Returns when these are committed, or put aside one by one; raises StoreDown."""
@@ -311,8 +334,8 @@ class TurnWriter:
                 return
 
     def _written(self, drafts: Sequence[Draft], wrote: int) -> None:
-        self.batches += 1
-        self.written += wrote
+        self._count("batches", 1)
+        self._count("written", wrote)
         if wrote == len(drafts):
             for one in drafts:
                 if one.record is not None:
@@ -335,7 +358,7 @@ class TurnWriter:
         return drafts
 
     async def _reject(self, turn: Turn, error: StoreError) -> None:
-        self.rejected += 1
+        self._count("rejected", 1)
         self._refused[turn.id] = error
         if len(self._refused) > REFUSED:
             self._refused.popitem(last=False)
@@ -343,10 +366,13 @@ class TurnWriter:
         try:
             await self._aside(turn)
         except SpillFull:
-            self.lost += 1
+            self._count("lost", 1)
             log.error("turn %s of tenant %s is lost: it cannot be put aside either", turn.id, turn.tenant)
 
     # --- when the database is down
+
+    def _took(self) -> None:
+        self.healthy, self._proven = True, asyncio.get_running_loop().time()
 
     def _ail(self) -> None:
         self.healthy = False
@@ -359,9 +385,17 @@ class TurnWriter:
         while not self.healthy:
             await asyncio.sleep(delay)
             delay = min(delay * 2, LAST_PROBE)
-            with suppress(StoreError):
-                await self._db.write(lambda connection: upsert(connection, tables.pulse, {"id": 1, "at": now()}, "at"))
-                self.healthy = True
+            await self._pulse()
+
+    async def _pulse(self) -> bool:
+        """Whether a row can be written."""
+        try:
+            await self._db.write(lambda connection: upsert(connection, tables.pulse, {"id": 1, "at": now()}, "at"))
+        except StoreError:
+            self._ail()
+            return False
+        self._took()
+        return True
 
 
 def _seen(task: asyncio.Task[None]) -> None:

@@ -1,4 +1,4 @@
-"""A reply as blocks, one after another: for APIs whose streams open a block, fill it, and close it before the next."""
+"""A reply as blocks, for APIs whose streams open a block, fill it, and close it."""
 
 from __future__ import annotations
 
@@ -53,28 +53,34 @@ class Block:
 
 
 class Blocks:
-    """The blocks of one reply, as its pieces come.
+    """The blocks of one reply, as its pieces come; each is open until the end.
 
-    Text and reasoning may be taken up again in a further block, a tool call may not: what comes while one is open
-    waits until its arguments are complete, or the reply is.
+    The last words of reasoning or of a text may come behind what follows them, since rules hold them back: they go to
+    the block that they belong to. No other block is filled between the pieces of a tool call, which clients put together
+    as they come: what comes meanwhile waits until the arguments are complete, or the reply is.
     """
 
-    __slots__ = ("_open", "_waiting", "all")
+    __slots__ = ("_blocks", "_call", "_waiting")
 
     def __init__(self) -> None:
-        self.all: list[Block] = []
-        self._open: Block | None = None
+        self._blocks: dict[str, Block] = {}
+        self._call: Block | None = None
         self._waiting: list[Said] = []
+
+    @property
+    def all(self) -> list[Block]:
+        """The blocks so far."""
+        return list(self._blocks.values())
 
     def feed(self, said: Said) -> Iterator[Step]:
         """What a piece of the reply does."""
         if not (said.text or said.name or said.logprobs):
             return
-        if self._open and self._open.channel != said.channel and not self._open.is_complete:
+        if self._call and self._call.channel != said.channel and not self._call.is_complete:
             self._waiting.append(said)
             return
         yield from self._told(said)
-        if self._waiting and self._open and self._open.is_complete:
+        if self._waiting and (self._call is None or self._call.is_complete):
             waiting, self._waiting = self._waiting, []
             for one in waiting:
                 yield from self.feed(one)
@@ -86,26 +92,19 @@ class Blocks:
             for said in waiting:
                 if said.channel == channel:
                     yield from self._told(said)
-        yield from self._closed()
+        for block in self.all:
+            yield "close", block, ""
 
     def _told(self, said: Said) -> Iterator[Step]:
-        block = self._open
-        if block is None or block.channel != said.channel:
-            if not said.name and any(one.is_call and one.channel == said.channel for one in self.all):
-                return  # white space behind arguments that were complete
-            yield from self._closed()
-            block = self._open = Block(len(self.all), said.channel, said.id, said.name)
-            self.all.append(block)
+        block = self._blocks.get(said.channel)
+        if block is None:
+            block = self._blocks[said.channel] = Block(len(self._blocks), said.channel, said.id, said.name)
             yield "open", block, ""
+        self._call = block if block.is_call else self._call
         block.parts.append(said.text)
         block.logprobs += said.logprobs
         if said.text:
             yield "fill", block, said.text
-
-    def _closed(self) -> Iterator[Step]:
-        if self._open:
-            yield "close", self._open, ""
-        self._open = None
 
 
 def blocks_of(told: Sequence[Said], stopped: bool) -> list[Block]:

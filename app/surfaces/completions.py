@@ -46,7 +46,7 @@ class CompletionRequest(Body):
     suffix: Literal[""] | None = None
     best_of: Literal[1] | None = None
 
-    @field_validator("prompt", mode="before")
+    @field_validator("prompt", mode="before", json_schema_input_type=str | list[str])
     @classmethod
     def _one(cls, value: object) -> object:
         """The one prompt of a list of one."""

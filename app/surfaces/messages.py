@@ -50,7 +50,7 @@ class Part(Body):
     content: str | None = None
     is_error: bool | None = None
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[dict[str, Any]] | None)
     @classmethod
     def _joined(cls, value: object) -> object:
         """The text of the blocks of a result."""
@@ -69,14 +69,18 @@ class MessageParam(Body):
     """One message: text, or blocks of it."""
 
     role: Literal["user", "assistant"]
-    content: str | list[Part]
+    content: list[Part]
+
+    @field_validator("content", mode="before", json_schema_input_type=str | list[Part])
+    @classmethod
+    def _in_parts(cls, value: object) -> object:
+        """A text as the one block that it is."""
+        return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
     @property
     def messages(self) -> Iterator[dict[str, Any]]:
         """The same as messages of a chat completion."""
-        if isinstance(self.content, str):
-            yield {"role": self.role, "content": self.content}
-        elif self.role == "assistant":
+        if self.role == "assistant":
             yield from self._said(self.content)
         else:
             yield from self._asked(self.content)
@@ -196,7 +200,7 @@ class MessageRequest(Body):
     inference_geo: str | None = None
     speed: str | None = None
 
-    @field_validator("system", mode="before")
+    @field_validator("system", mode="before", json_schema_input_type=str | list[dict[str, Any]] | None)
     @classmethod
     def _joined(cls, value: object) -> object:
         """The text of a list of text blocks."""

@@ -44,7 +44,7 @@ class Item(Body):
     def _reasoning(cls, value: object) -> object:
         return {"type": "reasoning"} if isinstance(value, dict) and value.get("type") == "reasoning" else value
 
-    @field_validator("content", "output", mode="before")
+    @field_validator("content", "output", mode="before", json_schema_input_type=str | list[dict[str, Any]] | None)
     @classmethod
     def _joined(cls, value: object) -> object:
         """The text of a list of text parts."""
@@ -140,7 +140,7 @@ class ResponseRequest(Body):
     """The body of POST /v1/responses; what newel does not serve is refused by name (docs/api.md)."""
 
     model: str
-    input: str | list[Item] = Field(min_length=1)
+    input: list[Item] = Field(min_length=1, max_length=MAX_MESSAGES)
     instructions: str | None = None
     tools: list[FunctionTool] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_choice: Literal["auto", "none", "required"] | FunctionChoice | None = None
@@ -167,15 +167,18 @@ class ResponseRequest(Body):
     stream_options: dict[str, Any] | None = None
     truncation: Literal["auto", "disabled"] | None = None
 
+    @field_validator("input", mode="before", json_schema_input_type=str | list[Item])
+    @classmethod
+    def _one_message(cls, value: object) -> object:
+        """A text as what the user says."""
+        return [{"role": "user", "content": value}] if isinstance(value, str) else value
+
     @field_validator("input")
     @classmethod
-    def _asks_something(cls, value: str | list[Item]) -> str | list[Item]:
-        items = [] if isinstance(value, str) else value
-        if len(items) > MAX_MESSAGES:
-            raise ValueError(f"at most {MAX_MESSAGES} items are allowed")
-        if items and not (items[-1].type == "function_call_output" or items[-1].role == "user"):
+    def _asks_something(cls, items: list[Item]) -> list[Item]:
+        if not (items[-1].type == "function_call_output" or items[-1].role == "user"):
             raise ValueError("the last item must be the user's or the output of a tool, since it is what is answered")
-        return value
+        return items
 
     @field_validator("previous_response_id")
     @classmethod
@@ -225,8 +228,7 @@ class ResponseRequest(Body):
         }
 
     def _messages(self) -> list[dict[str, Any]]:
-        items = [Item(role="user", content=self.input)] if isinstance(self.input, str) else self.input
-        told = [message for item in items if (message := item.message)]
+        told = [message for item in self.input if (message := item.message)]
         return [{"role": "system", "content": self.instructions}, *told] if self.instructions else told
 
 

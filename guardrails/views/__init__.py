@@ -26,7 +26,7 @@ from guardrails.views.turning import turned
 from guardrails.views.view import View
 from guardrails.views.words import loosened, spread
 
-__all__ = ["View", "Views", "findings_home"]
+__all__ = ["View", "Views", "findings_home", "unusual"]
 
 MOST = 1_000_000
 """Characters of a text from which on its views are not made: rules that want to read them are broken, and decide so."""
@@ -55,37 +55,50 @@ class Views:
             (TURNED, back, turned),
         )
 
-    def grow(self, text: str, final: bool) -> None:
+    def grow(self, text: str, final: bool) -> bool:
         """Makes the views of `text`, which starts with what it was before; `final` says that it ends here.
 
-        Raises ValueError for a text that is too long, and TimeoutError for one that takes too long.
+        False where nothing more of it is certain than before. Raises ValueError for a text that is too long, and
+        TimeoutError for one that takes too long.
         """
+        new = text[len(self.raw.text) :]
         self.raw.grow(text)
         if len(text) > MOST:
             raise ValueError(f"a text of more than {MOST} characters is not made out")
-        if stages := self._kept(text, final):
+        if not final and new.isalnum() and new.isascii() and self._plain:
+            return False  # a word goes on
+        stages = self._kept(text, final)
+        if stages < 0:
+            return False
+        if stages:
             for bit, view, stage in self._stages:
                 if stages & bit:
                     stage(view, final)
         for view in self._measured:
             view.measure()
+        return True
 
     def _kept(self, text: str, final: bool) -> int:
-        """Takes over what reads the same in every view; the stages that have to look for themselves."""
-        folds, codes = self._made[:2]
-        if not (folds.same and codes.same):
+        """Takes over what reads the same in every view; the stages that have to look for themselves, -1 if nothing
+        more is certain."""
+        if not self._plain:
             return ALL
         start = min([view.at for view in self._made])
         end, upto = (len(text), len(text)) if final else certain(text, start)
         if end < 0:
             return ALL
-        if end <= start:
-            return 0
-        stages = unusual(text[start:upto])
+        stages = unusual(text[start:upto]) if upto > start else 0
+        if end <= start and not stages:
+            return -1
         for bit, view, _ in self._stages:
             if not stages & bit:
                 view.keep(end)
         return stages
+
+    @property
+    def _plain(self) -> bool:
+        """True where what the last three are made of is the text itself so far."""
+        return self._made[0].same and self._made[1].same
 
     @property
     def different(self) -> Iterator[View]:

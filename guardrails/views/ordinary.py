@@ -25,7 +25,9 @@ RUN = 64
 TOKENS, LONGEST_TOKEN = 50_000, 40
 """How many words are remembered that are not turned, and the longest of them."""
 
-_RUNS = {code.name: code.pattern for code in CODES if code.name in ("markup", "joined", "hyphen", "points", "morse")} | {
+_RUNS = {
+    code.name: code.pattern for code in CODES if code.name in ("markup", "joined", "hyphen", "points", "morse")
+} | {
     "binary": r"(?<![0-9])[01]{8}\s?[01]{8}\s?[01]{8}",
     "pairs": rf"(?<![0-9A-Za-z])(?:0x)?[0-9]{HEX}(?:[ ,:-]{{1,2}}{PAIR}){{3}}",
     "decimal": r"(?<![0-9])[0-9]{2,3}(?:[ ,]{1,2}[0-9]{2,3}){3}",
@@ -35,6 +37,7 @@ _RUNS = {code.name: code.pattern for code in CODES if code.name in ("markup", "j
 _TAIL = regex.compile(rf"(?r)\s{{0,{RUN}}}(\S{{0,{RUN}}})")
 """The last word and the white space before it: a word that is not complete may come to say that it is white space, too,
 or a single letter, so that what is under way before it is not certain either."""
+_BEFORE = regex.compile(rf"(?r)\s{{1,{RUN}}}|\S{{1,{RUN}}}")
 _LONG = re.compile(BASE64)
 
 
@@ -78,7 +81,7 @@ def _patterns(letter: str, digit: str) -> list[tuple[int, str]]:
     """(the stages, what must match where they write something else). letter, digit: as the inside of a set."""
     one = f"[{letter}]"
     return [
-        (FOLDED, r"[\x00-\x08\x0e-\x1f\x7f]"),
+        (FOLDED, "[\x00-\x08\x0e-\x1f\x7f]"),
         *((DECODED, pattern) for pattern in _RUNS.values()),
         (DECODED, rf"&(?:amp;){{0,4}}(?:\#[0-9xX]|[a-zA-Z]{{2}})|%(?:25){{0,4}}{HEX}{{2}}|\\"),
         (DECODED, rf"(?<![0-9A-Za-z])(?:0x)?{HEX}{{6}}{HEX}{{4}}{HEX}*(?![0-9A-Za-z])|{HEX}{{2}}-{{1,2}}{HEX}{{2}}-"),
@@ -87,7 +90,7 @@ def _patterns(letter: str, digit: str) -> list[tuple[int, str]]:
         (WORDS, SPACED),
         (WORDS, rf"[0-9@$+!|]_*{one}|{one}_*[@$]|{one}_+[0-9]|{one}[0-9]+[_@$]|[+!|][0-9@$_]"),
         (WORDS, rf"[*_~`]{one}|{one}[*_~`]|{one}[^{letter}{digit}\s'’]{{1,4}}{one}"),
-        (SPREAD, r"[\t-\r]|  "),
+        (SPREAD, "[\t-\r]|  "),
     ]
 
 
@@ -100,16 +103,18 @@ _straight: set[str] = set()
 
 
 def certain(text: str, start: int) -> tuple[int, int]:
-    """(how much of a growing text is certain once `unusual` says so, up to where it must be asked), both from `start`
-    on; -1 where that cannot be told."""
+    """(how much of a growing text is certain if `unusual` finds nothing in it, how much it is to be asked about), from
+    `start` on; -1 where that cannot be told."""
     tail = _TAIL.match(text)
     if tail is None or _is_far(tail):
         return -1, -1
-    upto: int = tail.start()
-    if upto <= start or (first := _BEGUN.first(text, start, tail.start(1))) >= upto:
-        return upto, upto
-    before = _TAIL.match(text, endpos=first + 1)
-    return (-1, -1) if before is None or _is_far(before) else (before.start(), upto)
+    end: int = tail.start()
+    word = tail[1]
+    upto = len(text) if word and not word.isalnum() else end  # signs in the last word may say something by now
+    if end <= start or (first := _BEGUN.first(text, start, tail.start(1))) >= end:
+        return end, upto
+    before = _BEFORE.match(text, endpos=first + 1)  # a unit is told by all of its word, or of its white space
+    return (-1, -1) if before is None or first - before.start() >= RUN else (before.start(), upto)
 
 
 def _is_far(tail: regex.Match[str]) -> bool:

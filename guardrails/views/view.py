@@ -10,9 +10,9 @@ class View:
     """A growing text made of another view's, and where each character of it comes from.
 
     `at`: how much of the source has been turned into `text`. `same`: the two are equal so far. `twin`: a view that is
-    equal to this one until it is `shown`. `edited`: how many characters look otherwise here. `cap`: how much of this text
-    may be read: no more than what the views that are the same so far have taken over. Offsets are kept as
-    runs: a run maps character by character, or (`_ends` not negative) all of it to one piece of the source.
+    equal to this one until it is `shown`. `edited`: how many characters look otherwise here. `cap`: how much of this
+    text may be read: no more than what the views that are the same so far have taken over. Offsets are kept as runs:
+    a run maps character by character, or (`_ends` not negative) all of it to one piece of the source.
     """
 
     __slots__ = (
@@ -25,8 +25,7 @@ class View:
         self.parts: list[View] = []
         self.twin: View | None = None
         self.at, self.cap, self.edited, self.same, self.shown = 0, 0, 0, True, True
-        self._text, self._new, self._length = "", list[str](), 0
-        self._starts, self._froms, self._ends = [0], [0], [-1]
+        self._text, self._length = "", 0  # and, once it is not the same, `_new` and the runs
         if source is not None:
             source.parts.append(self)
 
@@ -36,7 +35,9 @@ class View:
     @property
     def text(self) -> str:
         """What has been made so far."""
-        if self.same and self.source is not None:
+        if self.source is None:
+            return self._text
+        if self.same:
             return self.source.text[: self.at]
         if self._new:
             self._text += "".join(self._new)
@@ -80,7 +81,8 @@ class View:
         """Writes `text` for the source up to there."""
         if self.same:
             self._text, self.same = self.text, False
-            self._length = len(self._text)
+            self._length, self._new = len(self._text), list[str]()
+            self._starts, self._froms, self._ends = [0], [0], [-1]
         start, self.at = self.at, upto
         before = self.made_of[start:upto]
         self.edited += sum(map(ne, before, text)) + abs(len(before) - len(text))

@@ -148,7 +148,9 @@ def test_the_page_of_the_commands_is_what_their_help_says() -> None:
 def test_every_command_is_there_and_says_in_one_line_what_it_does() -> None:
     found = dict(commands(typer.main.get_command(app)))
     names = """check demo diff export replay serve turn
-    | guard evaluate, guard pull, guard rollback, guard train | keys create, keys list, keys revoke | model pull
+    | audit head, audit list, audit verify | guard evaluate, guard pull, guard rollback, guard train
+    | keys create, keys list, keys revoke, keys show | model pull
+    | privacy erase, privacy export, privacy retain, privacy seal
     | policy activate, policy list, policy put, policy rollback, policy schema | tenants list, tenants put
     | tickets answer, tickets close, tickets list, tickets show | vault forget, vault show
     | webhooks list, webhooks retry"""

@@ -47,14 +47,16 @@ class Engines:
     """All engines of a test, by the host of their URL: what each answers, and what it was asked.
 
     scripts: the next answers of an engine, one each; after them it says its own name. usual: what it answers then,
-    where it is something else. trials: what it answers to a completion of one token. listed: its models.
+    where it is something else. trials: what it answers to a completion of one token. listed: its models, which it
+    tells when its gate opens.
     """
 
     def __init__(self) -> None:
         self.scripts: defaultdict[str, deque[list[Step]]] = defaultdict(deque)
         self.usual: dict[str, list[Step]] = {}
-        self.trials: dict[str, BackendError | None] = {}
+        self.trials: dict[str, BackendError | asyncio.Event] = {}
         self.listed: dict[str, Models] = {}
+        self.gates: dict[str, asyncio.Event] = {}
         self.asked: list[tuple[str, str]] = []
         self.tried: Counter[str] = Counter()
         self.looked: Counter[str] = Counter()
@@ -68,6 +70,8 @@ class Engines:
     async def look(self, upstream: Upstream) -> frozenset[str] | None:
         host = _host(upstream)
         self.looked[host] += 1
+        if gate := self.gates.get(host):
+            await gate.wait()
         models = self.listed.get(host)
         if isinstance(models, BackendError):
             raise models
@@ -94,8 +98,11 @@ class Engines:
     async def complete(self, upstream: Upstream, prompt: Prompt) -> Delta:
         if prompt.sampling.get("max_tokens") == 1:
             self.tried[_host(upstream)] += 1
-            if error := self.trials.get(_host(upstream)):
-                raise error
+            trial = self.trials.get(_host(upstream))
+            if isinstance(trial, BackendError):
+                raise trial
+            if trial:
+                await trial.wait()
             return Delta("a", "length")
         async with aclosing(self.stream(upstream, prompt)) as deltas:
             told = [delta async for delta in deltas]
@@ -617,10 +624,53 @@ async def test_an_engine_that_is_gone_gets_no_more_requests(kind: Fault, looks: 
         given.engines.listed["a"] = fault(kind)
         before = given.engines.looked["a"]
         await until(lambda: given.states()["a"] == "probing")
-        assert given.engines.looked["a"] - before >= looks
+        assert looks <= given.engines.looked["a"] - before <= looks + 3
         assert {await given.say() for _ in range(4)} == {"b"}
         given.engines.listed.clear()
         await until(lambda: given.states()["a"] == "ready")
+
+
+async def test_an_engine_that_comes_back_writes_a_token_first_however_lately_it_was_asked() -> None:
+    async with fleet_of("a", probe_every=0.01, trial_every=60.0) as given:
+        await given.say()
+        given.engines.listed["a"] = fault("unreachable")
+        given.engines.trials["a"] = fault("broken")
+        await until(lambda: given.states() == {"a": "probing"})
+        given.engines.listed.clear()
+        tried = given.engines.tried["a"]
+        await until(lambda: given.engines.tried["a"] > tried + 1)
+        assert given.states() == {"a": "probing"}
+
+
+async def test_an_engine_that_answers_requests_is_not_down_because_it_is_too_busy_for_a_look() -> None:
+    async with fleet_of("a", probe_every=0.01) as given:
+        given.engines.listed["a"] = fault("timeout")
+        for _ in range(4):
+            gate = given.engines.gates["a"] = asyncio.Event()
+            looks = given.engines.looked["a"]
+            await until(lambda looks=looks: given.engines.looked["a"] > looks)  # type: ignore[misc]
+            await given.say()
+            gate.set()
+        assert given.states() == {"a": "ready"}
+        given.engines.gates.clear()
+        await until(lambda: given.states() == {"a": "probing"})
+
+
+async def test_an_engine_that_is_too_busy_for_a_trial_is_alive() -> None:
+    async with fleet_of("a", probe_every=0.01, trial_every=60.0) as given:
+        given.engines.trials["a"] = fault("busy")
+        given.clock.skipped += 61
+        await until(lambda: given.engines.tried["a"] > 8)
+        assert given.states() == {"a": "ready"} and await given.say() == "a"
+
+
+async def test_an_engine_that_writes_no_token_in_time_gets_no_requests() -> None:
+    def silent(engines: Engines) -> None:
+        engines.trials["a"] = asyncio.Event()
+
+    async with started(silent, **one_pool("a", probe_every=0.01, trial_every=60.0, first_token_timeout=0.02)) as given:
+        await until(lambda: given.view("p/a").last_error == "timeout: it wrote no token in time")
+        assert given.states() == {"a": "probing"}
 
 
 async def test_the_queue_is_as_wide_as_the_engines_that_answer_allow() -> None:
@@ -653,6 +703,13 @@ async def test_a_client_that_leaves_closes_the_engines_stream_at_once(opening: l
         await asyncio.wait({reading})
         assert given.engines.closed == ["a"] == given.engines.hosts
         assert given.view("p/a").in_flight == 0 and given.view("p/a").requests == {"cancelled": 1}
+
+
+async def test_closing_a_reply_between_two_pieces_closes_the_engines_stream_before_it_returns() -> None:
+    async with fleet_of("a") as given:
+        stream = await given.hold()
+        await stream.aclose()
+        assert given.engines.closed == ["a"]
 
 
 async def test_a_draining_engine_ends_what_it_has_begun_and_gets_nothing_new() -> None:
@@ -730,6 +787,17 @@ async def test_a_broken_shadow_is_asked_once_and_says_nothing_of_the_engine() ->
         await settle()
         assert [one.error for one in told] == ["broken"] * 10 and len(given.engines.hosts) == 10
         assert given.states() == {"a": "ready"}
+
+
+async def test_a_shadow_that_answers_does_not_cover_up_an_engine_that_fails() -> None:
+    async with started(**shadowed()) as given:
+        for number in range(5):
+            given.engines.scripts["a"].append([fault("broken")])
+            await given.fails()
+            if number < 4:
+                given.fleet.shadow(PROMPT, given.release())
+                await settle()
+        assert len(given.engines.hosts) == 9 and given.states() == {"a": "open"}
 
 
 async def test_only_so_many_copies_are_under_way() -> None:

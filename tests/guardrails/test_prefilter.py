@@ -1,4 +1,4 @@
-"""A text is only passed over where no pattern can match: the prefilter and the scanner never miss."""
+"""A text is only passed over where no pattern can match: what may match, or may be under way, is never missed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import regex
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from guardrails.prefilter import Prefilter, rewritten
+from guardrails.prefilter import Begun, Prefilter, rewritten
 from guardrails.spans import PatternError, Span, Spans
 from guardrails.syntax import Unreadable, parse
 from guardrails.types import Finding
@@ -172,3 +172,31 @@ def test_a_long_text_without_memory_makes_all_candidates(monkeypatch: pytest.Mon
     one = Prefilter(["a", "b"])
     monkeypatch.setattr(one, "_set", type("Full", (), {"Match": lambda self, text: []})())
     assert one.candidates("nothing") == {0, 1}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "text", "begun"),
+    [
+        (r"(?<![0-9])[0-9]{3}-[0-9]{2}", "call 123-4", "123-4"),
+        (r"(?<![0-9])[0-9]{3}-[0-9]{2}", "call 123 4", "4"),
+        (r"(?<![0-9])[0-9]{3}-[0-9]{2}", "call 1234", ""),
+        (r"\bignore (?:all |the )*rules\b", "please ignore all the ru", "ignore all the ru"),
+        (r"\bignore (?:all |the )*rules\b", "please ignore all the rum", ""),
+        (r"\bignore (?:all |the )*rules\b", "ignore", "ignore"),
+    ],
+)
+def test_what_is_under_way_at_the_end_of_a_text_is_told_by_its_first_character(
+    pattern: str, text: str, begun: str
+) -> None:
+    one = Begun(["zzz", pattern])
+    assert text[one.first(text, 0, len(text)) :] == begun
+    assert one.alive(text, 0, len(text)) == ({1} if begun else set())
+
+
+def test_where_it_cannot_be_told_everything_may_be_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("guardrails.prefilter.begun", lambda pattern: b"(")  # as if it were too large for RE2
+    one = Begun(["a", "b"])
+    monkeypatch.undo()
+    assert one.first("nothing! of! that!", 3, 18) == 3
+    assert one.alive("nothing! of! that!", 3, 18) == {0, 1}
+    assert Begun(["(?V1)a", "a*"]).unread == (0, 1)

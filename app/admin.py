@@ -51,6 +51,7 @@ async def show_metrics(request: Request) -> Response:
     service.metrics.engine_ready.set(service.engine.state == "ready")
     service.metrics.engine_restarts.set(service.engine.restarts)
     service.metrics.waiting.set(service.store.spilled)
+    service.fleet.publish()
     with suppress(StoreError, TimeoutError):  # a database that is down must not hide what tells so
         async with asyncio.timeout(1):
             service.metrics.count_deliveries(await service.store.delivery_counts())

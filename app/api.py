@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -119,25 +117,12 @@ async def livez() -> Response:
 async def readyz(request: Request) -> Response:
     """200 when a turn can be answered, else 503 with what is missing."""
     service = service_of(request)
-    missing: dict[str, str] = {} if service.engine.state == "ready" else {"engine": service.engine.state}
+    missing = service.fleet.missing()
     try:
         await service.store.ping()
     except StoreError:
         missing["store"] = "down"
     if not missing:
         return JSONResponse({"status": "ready"})
-    headers = {"retry-after": str(service.engine.retry_after)}
+    headers = {"retry-after": str(service.fleet.retry_after)}
     return JSONResponse({"status": "not ready", "missing": missing}, 503, headers)
-
-
-@router.get("/metrics")
-async def metrics(request: Request) -> Response:
-    """Prometheus metrics."""
-    service = service_of(request)
-    service.metrics.engine_ready.set(service.engine.state == "ready")
-    service.metrics.engine_restarts.set(service.engine.restarts)
-    service.metrics.waiting.set(service.store.spilled)
-    with suppress(StoreError, TimeoutError):  # a database that is down must not hide what tells so
-        async with asyncio.timeout(1.0):
-            service.metrics.count_deliveries(await service.store.delivery_counts())
-    return Response(service.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")

@@ -213,13 +213,13 @@ async def _within(until: float, work: Awaitable[T]) -> T:
 def _refusal(response: aiohttp.ClientResponse, body: bytes) -> BackendError:
     """What another status than 200 means."""
     after = response.headers.get("retry-after", "")
-    retry_after = int(after) if after.isdecimal() else 2
+    retry_after = int(after) if after.isdecimal() else None
     if response.status in (429, 503):
         return BackendError("busy", "The engine is busy.", retry_after=retry_after)
     if response.status in (400, 413, 422):
         message, code = _told(body)
         return BackendError("rejected", message, code=code)
-    return BackendError("broken", f"The engine answered with status {response.status}.", retry_after=retry_after)
+    return BackendError("broken", f"The engine answered with status {response.status}.", retry_after=retry_after or 2)
 
 
 def _told(body: bytes) -> tuple[str, str]:

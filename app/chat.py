@@ -12,17 +12,18 @@ from dataclasses import replace
 from app.asking import Asked, definitions, judged, judged_on, prompted
 from app.backends import Prompt
 from app.errors import ApiError, internal, unavailable
-from app.fleet import Release
-from app.frames import BackendError
+from app.fleet import Release, Shadowed
+from app.frames import BackendError, Delta
 from app.logs import event
-from app.records import Tenant, Turn
+from app.records import Tenant, Turn, new_id
 from app.schemas import ChatRequest
 from app.service import Service
 from app.speculate import merged, speculated
 from app.store import StoreError
 from app.telling import Said, Telling
 from app.thread import recall
-from guardrails.types import Verdict
+from guardrails.engine import judge
+from guardrails.types import Context, Message, Policy, Verdict
 
 UNSTORED = "This turn cannot be recorded just now, so it was not answered. Please try again in a moment."
 
@@ -60,6 +61,7 @@ async def answer(
                 request.sampling(definitions(asked.seen)),
                 service.marks(turn),
             )
+            shadow(service, policy, turn, prompt, release)
             if request.replies == 1 and not asked.judging.waiting:
                 said = _told(service, replies[0], prompt, asked.verdict)
             elif request.replies == 1:
@@ -78,6 +80,46 @@ async def answer(
         for reply in replies:
             if not reply.closed:
                 service.spawn(_close(service, reply, "client_gone"))
+
+
+def shadow(service: Service, policy: Policy, turn: Turn, prompt: Prompt, release: Release) -> None:
+    """Asks the release that is tried in the shadow of this one the same, for its share of conversations.
+
+    Its reply is judged and put on record as a turn of its own, with nothing said to anybody.
+    """
+
+    def answered(told: Shadowed) -> None:
+        service.spawn(_shadowed(service, policy, turn, told))
+
+    limited = {"max_tokens": service.settings.max_tokens, **prompt.sampling}
+    service.fleet.shadow(replace(prompt, sampling=limited), release, turn.conversation, said=answered)
+
+
+async def _shadowed(service: Service, policy: Policy, turn: Turn, told: Shadowed) -> None:
+    reply = told.reply or Delta()
+    verdict = await judge(policy.output, reply.text, Context((Message("user", turn.asked),), service.fleet))
+    of_its_own = replace(
+        turn,
+        id=new_id("shadow_"),
+        conversation=f"shadow_{turn.conversation}",
+        surface="shadow",
+        priority="shadow",
+        release=told.release.name,
+        said="",
+        withheld_said=reply.text,
+        output=verdict,
+        action=verdict.action.word,
+        rule=verdict.rule,
+        finish_reason=reply.finish_reason,
+        error=told.error,
+        ticket=None,
+        prompt_tokens=reply.prompt_tokens,
+        completion_tokens=reply.completion_tokens,
+        first_token_ms=None,
+        total_ms=round(told.seconds * 1000, 3),
+        tail_hash="",
+    )
+    service.store.log(of_its_own)
 
 
 async def _stopped(service: Service, reply: Telling, verdict: Verdict) -> AsyncGenerator[Said, None]:

@@ -10,11 +10,12 @@ import os
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -105,28 +106,41 @@ def serve(
     """Serves the gateway and its engine. Ctrl-C or SIGTERM stops it, once the requests in flight have ended."""
     import uvicorn
 
+    from app.admin import create_admin_app
     from app.main import create_app
+    from app.serving import Serving
 
     changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = read_settings(**changes)
-    with _listener(settings.host, settings.port) as listener:
-        gateway = _Starting(create_app(settings), settings.log_level == "debug")
-        config = uvicorn.Config(
-            gateway,
-            log_config=None,
-            access_log=False,
-            ws="none",
-            proxy_headers=False,
-            lifespan="on",
-            timeout_graceful_shutdown=DRAIN,
-        )
-        server = _announcing(uvicorn.Server(config), listener)
+    app = create_app(settings)
+    gateway = _Starting(app, settings.log_level == "debug")
+    with _listener(settings.host, settings.port) as listener, ExitStack() as stack:
+        server = uvicorn.Server(_config(gateway))
+        if settings.admin_port:
+            other = "NEWEL_ADMIN__PORT=9181 newel serve"
+            operators = stack.enter_context(_listener(settings.admin.host, settings.admin_port, other))
+            server = Serving(_config(gateway), _config(create_admin_app(app, app.metrics), "off"), operators)
         try:
-            server.run(sockets=[listener])
+            _announcing(server, listener).run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn raises the signal again once everything is stopped
             return
         except SystemExit:
             raise gateway.failure or Refusal("the gateway did not start") from None
+
+
+def _config(app: ASGIApp, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        lifespan=lifespan,
+        timeout_graceful_shutdown=DRAIN,
+    )
 
 
 class _Starting:
@@ -152,17 +166,17 @@ class _Starting:
             raise
 
 
-def _listener(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; raises Refusal when it cannot be had."""
+def _listener(host: str, port: int, other: str = "newel serve --port 8081") -> socket.socket:
+    """A socket bound to the address; raises Refusal when it cannot be had, which says how to choose another."""
     if not 0 <= port <= 65535:
-        raise Refusal(f"there is no port {port}: choose one up to 65535, such as newel serve --port 8081", 2)
+        raise Refusal(f"there is no port {port}: choose one up to 65535, such as {other}", 2)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         # a name that cannot be resolved has a negative number of its own
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error.strerror or error)
-        advice = "stop what listens there, or choose another: newel serve --port 8081"
+        advice = f"stop what listens there, or choose another: {other}"
         raise Refusal(f"cannot listen on {host}, port {port} ({reason.lower()}); {advice}") from None
 
 

@@ -73,7 +73,9 @@ class Exchange:
 
     def pieces(self) -> AsyncGenerator[Said, None]:
         """The settled pieces of all replies; raises ApiError."""
-        return _each(self.again) if self.again else answer(self.service, self.tenant, self.turns, self.asked, self.release)
+        if self.again:
+            return _each(self.again)
+        return answer(self.service, self.tenant, self.turns, self.asked, self.release)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What is known when the answer begins."""

@@ -63,7 +63,7 @@ class CallDelta:
 
 @dataclass(frozen=True, slots=True)
 class More:
-    """Fields that are not read here, each as the bytes that the engine sent: of the answer, its choice, message, usage."""
+    """Fields that are not read here, as the bytes that the engine sent: of the answer, its choice, message, usage."""
 
     top: Mapping[str, bytes] = field(default_factory=dict)
     choice: Mapping[str, bytes] = field(default_factory=dict)
@@ -207,7 +207,7 @@ def _error_frame(error: Any) -> BackendError:
     """An error that came inside a 200 (vLLM does so when it is overloaded)."""
     code = error.get("code") if isinstance(error, dict) else None
     if code in (429, 503, "429", "503"):
-        return BackendError("busy", "The engine is busy.", retry_after=2)
+        return BackendError("busy", "The engine is busy.")
     if code in (400, 404, 422) and isinstance(error.get("message"), str):
         return BackendError("rejected", error["message"], code="invalid_value")
     return BackendError("broken", "The engine reported an error in the middle of its reply.")

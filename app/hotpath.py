@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing
 
-from starlette.types import Receive, Send
+from starlette.types import Message, Receive, Send
 
 from app.errors import ApiError, client_gone
 from app.exchange import Call, Exchange, begun, repeated
@@ -139,7 +139,7 @@ class _Client:
         self._soon = asyncio.get_running_loop().call_later(PATIENCE, self.watch)
 
     async def _watch(self) -> None:
-        message = {"type": ""}
+        message: Message = {"type": ""}
         while message["type"] != "http.disconnect":
             self._wrote = False
             try:

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app import admin, api
+from app import api
 from app.auth import Auth
 from app.backends import OpenAIBackend
 from app.desk import Courier
@@ -47,6 +47,8 @@ from guardrails import encoder
 REFRESH = 1.0
 """Seconds between two looks for policies that were activated elsewhere."""
 SURFACES: dict[str, Surface] = {"/v1/chat/completions": Chat()}
+RETAIN = 3600.0
+"""Seconds between two deletions of what is older than the settings keep it."""
 TEND = 5.0
 """Seconds between two clearings of the limits' ledger."""
 SPARE = 60.0
@@ -55,14 +57,13 @@ KEEPALIVE = 2.0
 """Seconds that an idle connection to the engine is kept: less than uvicorn's 5, after which it would hang up on us."""
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def create_app(settings: Settings | None = None) -> Gateway:
     """The gateway as an ASGI app; its lifespan opens the store, starts the engine and stops both."""
     settings = settings or Settings()
     configure(settings.log_level)
     metrics = Metrics()
     app = Gateway(metrics, title="newel", lifespan=_lifespan(settings, metrics), openapi_url=None)
     app.include_router(api.router)
-    app.include_router(admin.router)
     for kind in (ApiError, StoreError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _failed)
     return app
@@ -73,6 +74,7 @@ class Gateway(FastAPI):
 
     def __init__(self, metrics: Metrics, **options: Any):
         super().__init__(**options)
+        self.metrics = metrics
         self._context = RequestContext(super().__call__, metrics, SURFACES, lambda: self.state.service)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -129,6 +131,7 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
         lambda: _every(REFRESH, policies.refresh),
         lambda: _every(SWEEP, vaults.sweep),
         lambda: _every(TEND, limits.tend),
+        lambda: _every(RETAIN, partial(_retain, store, settings)),
         lambda: _every(SWEEP, idempotency.sweep),
     ):
         stack.push_async_callback(_cancel, service.spawn(work()))
@@ -149,7 +152,11 @@ async def _warm(service: Service) -> None:
     await service.store.open_turns(now() - timedelta(seconds=longest))
 
 
-async def _every(seconds: float, work: Callable[[], Awaitable[None]]) -> None:
+async def _retain(store: Store, settings: Settings) -> None:
+    await store.sweep(settings.retention.periods)
+
+
+async def _every(seconds: float, work: Callable[[], Awaitable[object]]) -> None:
     while True:
         await asyncio.sleep(seconds)
         try:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from app.records import DeliveryState, Turn
+from app.store.writer import TurnWriter
 from guardrails.types import Action
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
@@ -63,6 +64,8 @@ class Metrics:
         self.store_errors = counter("store_errors", "Times that the database was found down while a turn ran")
         self.spilled = counter("turns_spilled", "Turn records written to the spill")
         self.lost = counter("turns_lost", "Turn records that could be stored nowhere")
+        self.rejected = counter("turns_rejected", "Turn records that the database turned down, put aside on the disk")
+        self.queued = gauge("turns_queued", "Turn records in memory, about to be written")
         self.waiting = gauge("turns_waiting", "Turn records in the spill, waiting for the database")
         self.deliveries = gauge("deliveries", "Webhook deliveries", "state")
         self.auth_failures = counter("auth_failures", "Requests that were not let in", "reason")
@@ -108,6 +111,12 @@ class Metrics:
         self.tokens.labels(turn.tenant, "completion").inc(turn.completion_tokens)
         if turn.ticket and turn.ticket.turn == turn.id:
             self.tickets.labels(turn.ticket.queue, turn.ticket.priority).inc()
+
+    def watch(self, writer: TurnWriter) -> None:
+        """Counts from now on what becomes of the turns that are logged."""
+        counters = {"spilled": self.spilled, "lost": self.lost, "rejected": self.rejected}
+        writer.told = lambda what, more: counters[what].inc(more) if what in counters else None
+        self.queued.set_function(lambda: writer.waiting)
 
     def count_deliveries(self, states: Mapping[DeliveryState, int]) -> None:
         """Notes how many webhook deliveries are in each state."""

@@ -14,7 +14,7 @@ from app import desk
 from app.asking import Asked, definitions
 from app.backends import Prompt
 from app.errors import ApiError
-from app.fleet import Release, affinity_of
+from app.fleet import Release, Trail, affinity_of
 from app.frames import BackendError, Delta, More
 from app.passing import passed
 from app.records import Ticket, Turn, new_id
@@ -167,7 +167,9 @@ class Telling:
             await self._complete(prompt)
             return
         tokens, limit = 0, math.inf if "max_tokens" in prompt.sampling else self._service.settings.max_tokens
-        async with aclosing(self._service.fleet.stream(prompt, self._release, self._affinity(prompt))) as deltas:
+        trail = Trail()
+        asked = self._service.fleet.stream(prompt, self._release, self._affinity(prompt), trail)
+        async with aclosing(asked) as deltas:
             async for delta in deltas:
                 self._note(delta)
                 if not delta.says:
@@ -182,21 +184,27 @@ class Telling:
                 if tokens >= limit:
                     self.turn.finish_reason = "length"
                     break
+        self._answered_by(trail)
         self.turn.completion_tokens = self.turn.completion_tokens or tokens  # a stopped engine counts no more
 
     async def _complete(self, prompt: Prompt) -> None:
         """Has the reply made in one piece. One that names no limit has ours, unless that does not fit behind the
         prompt: then the engine's own, which is lower."""
-        fleet, affinity = self._service.fleet, self._affinity(prompt)
+        fleet, affinity, trail = self._service.fleet, self._affinity(prompt), Trail()
         limited = {"max_tokens": self._service.settings.max_tokens, **prompt.sampling}
         try:
-            delta = await fleet.complete(replace(prompt, sampling=limited), self._release, affinity)
+            delta = await fleet.complete(replace(prompt, sampling=limited), self._release, affinity, trail)
         except BackendError as error:
             if error.code != "context_length_exceeded" or "max_tokens" in prompt.sampling:
                 raise
-            delta = await fleet.complete(prompt, self._release, affinity)
+            delta = await fleet.complete(prompt, self._release, affinity, trail)
+        self._answered_by(trail)
         self._note(delta)
         await self._settled(delta)
+
+    def _answered_by(self, trail: Trail) -> None:
+        if trail.release:
+            self.turn.release = trail.release.name
 
     def _affinity(self, prompt: Prompt) -> str:
         return affinity_of(self.turn.tenant, prompt.messages)

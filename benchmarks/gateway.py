@@ -165,7 +165,7 @@ def _wait(one: Running, running: subprocess.Popen[bytes], start: Started) -> Non
 def _answering(one: Running, running: subprocess.Popen[bytes], home: Path) -> None:
     body = bodies(1)[0].replace("@@@@@@@", "0000000").encode()
     reason = "it did not start"
-    for _ in range(300):
+    for _ in range(200):
         if running.poll() is not None:
             break
         try:
@@ -310,7 +310,8 @@ def run(names: Sequence[str], options: argparse.Namespace) -> Results:
         engine = free_port()
         (home / "engine").mkdir()
         command = [sys.executable, str(HERE / "upstream.py"), str(engine)]
-        ends.enter_context(process(LOAD_CORE, command, {}, home / "engine"))
+        above = ends.enter_context(process(LOAD_CORE, command, {}, home / "engine"))
+        _answering(Running(WAYS["direct"], engine, {}, None), above, home / "engine")
         running: list[Running] = []
         for name in names:
             place = home / name

@@ -55,7 +55,7 @@ class Chat:
 
 
 class ChatFrames:
-    """The chunks of a streamed chat completion; the last ones are the finish reason, the usage if asked for, `[DONE]`."""
+    """The chunks of a streamed chat completion; the last ones: finish reason, usage if asked for, `[DONE]`."""
 
     __slots__ = ("_begun", "_exchange", "_head", "_tail")
 
@@ -107,8 +107,8 @@ class ChatFrames:
         more: bytes = b"",
     ) -> bytes:
         extra = said.more if said else None
-        told = {"index": choice, "delta": {**delta, **_fields(extra and extra.message)}, "logprobs": logprobs}
-        told |= {"finish_reason": finish, **_fields(extra and extra.choice)}
+        told = {"index": choice, "delta": {**delta, **_fields(extra.message if extra else None)}, "logprobs": logprobs}
+        told |= {"finish_reason": finish, **_fields(extra.choice if extra else None)}
         return self._head + orjson.dumps([told]) + more + b"}\n\n"
 
     def end(self) -> bytes:
@@ -140,9 +140,9 @@ def block_mode(key: Key, headers: Mapping[bytes, bytes]) -> BlockMode:
 
 def _choice(exchange: Exchange, turn: Turn, told: Sequence[Said], more: More | None) -> dict[str, Any]:
     logprobs = tuple(entry for said in told for entry in said.logprobs)
-    choice = {"index": turn.choice, "message": message(told) | _fields(more and more.message)}
+    choice = {"index": turn.choice, "message": message(told) | _fields(more.message if more else None)}
     choice |= {"logprobs": _logprobs(logprobs) if exchange.asked.logprobs else None}
-    return choice | {"finish_reason": turn.finish_reason} | _fields(more and more.choice)
+    return choice | {"finish_reason": turn.finish_reason} | _fields(more.choice if more else None)
 
 
 def message(told: Sequence[Said]) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def usage(exchange: Exchange, more: More | None = None) -> dict[str, Any]:
         "total_tokens": prompt + completion,
     }
     counts |= {"prompt_tokens_details": {"cached_tokens": cached}} if cached else {}
-    return counts | _fields(more and more.usage)
+    return counts | _fields(more.usage if more else None)
 
 
 def decision(turn: Turn) -> dict[str, Any]:

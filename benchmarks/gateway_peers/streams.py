@@ -29,8 +29,7 @@ class Stream(asyncio.Protocol):
         self.reads: list[tuple[float, int]] = []
         self.status = b""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
         self.began = time.perf_counter()
         transport.write(self.request)

@@ -72,8 +72,7 @@ class Engine(asyncio.Protocol):
         self.loop = asyncio.get_running_loop()
         self.rest = b""
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:

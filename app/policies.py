@@ -18,6 +18,7 @@ from app.metrics import Metrics
 from app.records import PolicyVersion
 from app.store import NotFound, Store, StoreDown
 from guardrails.check import Report, check
+from guardrails.plan import prepare
 from guardrails.policy import Library, PolicyError, Problem, Resolved, Source, resolve
 from guardrails.types import Grader, Judge, Message, Policy, Question, Token
 
@@ -95,6 +96,7 @@ class PolicyBook:
         stored = await self._store.active_policies()
         try:
             found = await asyncio.to_thread(resolve, name, library(stored, self._folders))
+            await asyncio.to_thread(prepare, found.policy)  # else the first request would wait for it
             if live and live.of[name] == active.get(name, ""):
                 await examined(found.policy)
         except PolicyError as error:

@@ -37,6 +37,8 @@ PAGE, PICTURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "gateway-peers.
 CACHE = Path.home() / ".cache" / "newel" / "peers"
 GATEWAY_CORE, LOAD_CORE = "0", "1"
 CONNECTIONS = 32
+START = 120.0
+"""Seconds that a gateway may take to start."""
 TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -164,17 +166,16 @@ def _wait(one: Running, running: subprocess.Popen[bytes], start: Started) -> Non
 
 def _answering(one: Running, running: subprocess.Popen[bytes], home: Path) -> None:
     body = bodies(1)[0].replace("@@@@@@@", "0000000").encode()
-    reason = "it did not start"
-    for _ in range(200):
-        if running.poll() is not None:
-            break
+    reason, until = "it did not start", time.monotonic() + START
+    while time.monotonic() < until and running.poll() is None:
         try:
-            if b"the " in asked(one, body):
+            if b"choices" in asked(one, body):
                 return
         except urllib.error.HTTPError as error:
             reason = f"status {error.code}: {error.read()[:200].decode(errors='replace')}"
-        except OSError as error:
-            reason = str(error)
+            until = min(until, time.monotonic() + 20)
+        except OSError:
+            pass
         time.sleep(0.1)
     last = (home / "output").read_text(errors="replace").strip()[-300:].replace("\n", " ")
     raise Missing(f"{reason} {last if 'not start' in reason else ''}".strip())
@@ -200,7 +201,7 @@ def bodies(many: int, **more: Any) -> list[str]:
         for i in range(many)
     )
     made = (
-        {"model": "fake", "messages": [{"role": "user", "content": text}], "max_tokens": 600} | more for text in texts
+        {"model": "fake", "messages": [{"role": "user", "content": text}], "max_tokens": 100} | more for text in texts
     )
     return [json.dumps(body, separators=(",", ":")) for body in made]
 
@@ -256,7 +257,7 @@ def measured(one: Running, load: Load, seconds: float) -> Figures:
 def streamed(one: Running, streams: int, seconds: float) -> Figures:
     """Many streams, one round."""
     body = bodies(1, stream=True)[0]
-    body = body.replace('"max_tokens":600', f'"max_tokens":{int(50 * (seconds + 5))}')
+    body = body.replace('"max_tokens":100', f'"max_tokens":{int(50 * (seconds + 5))}')
     asked = {"url": one.url, "headers": one.headers, "body": body, "streams": streams, "seconds": seconds}
     command = pinned(LOAD_CORE, [sys.executable, str(HERE / "streams.py"), json.dumps(asked)])
     with awake(one), subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
@@ -353,6 +354,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"where the peers are installed ({CACHE})")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md and docs/gateway-peers.svg")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # so that no gateway is left behind
     names = list(dict.fromkeys(["direct", *options.ways.split(",")]))
     if unknown := [name for name in names if name not in WAYS]:
         raise SystemExit(f"--ways: no way {unknown[0]!r}; there are {', '.join(WAYS)}")

@@ -517,7 +517,10 @@ class Store:
         of deleted rows are left otherwise; writers wait meanwhile. Raises ValueError without an actor and a reason.
         """
         whose = Whose(tenant, subject, conversation)
-        return await privacy.erase(self._db, self._spill, whose, actor, reason, source, compact)
+        await self._written()
+        erased = await privacy.erase(self._db, self._spill, whose, actor, reason, source, compact)
+        self.writer.forget()
+        return erased
 
     async def everything_of(
         self, tenant: str, *, subject: str = "", conversation: str = "", actor: str, reason: str

@@ -122,6 +122,7 @@ def newel(policy: str, source: str = "") -> Callable[[Path, int, int, Path], Sta
             "LOG_LEVEL": "warning",
             "ENGINE__URL": f"http://127.0.0.1:{engine}/v1",
             "ENGINE__MODEL": "fake",
+            "ADMISSION__IN_FLIGHT": "1024",
         }
         env = {f"NEWEL_{name}": value for name, value in settings.items()} | {"PYTHONPATH": str(ROOT)}
 

@@ -278,17 +278,17 @@ async def test_a_client_is_told_when_to_come_back_while_the_engine_starts(
 
 BEFORE = [
     (Script(status=503, retry_after="7"), 503, "engine_busy", "7"),
-    (Script(status=429), 503, "engine_busy", "2"),
-    (Script(status=500), 503, "engine_broken", "2"),
-    (Script(status=404), 503, "engine_broken", "2"),
+    (Script(status=429), 503, "engine_busy", "1"),
+    (Script(status=500), 503, "engine_broken", "1"),
+    (Script(status=404), 503, "engine_broken", "1"),
     (Script(status=400, message="max_tokens is too large"), 400, "invalid_value", None),
     (Script(status=400, message="This model's maximum context length is 10"), 400, "context_length_exceeded", None),
-    (Script([], end="error", message="overloaded"), 503, "engine_broken", "2"),
-    (Script([b'data: {"error": {"message": "busy", "code": 503}}\n\n']), 503, "engine_busy", "2"),
-    (Script([], end="cut"), 503, "engine_broken", "2"),
-    (Script([b"data: {not json}\n\n"]), 503, "engine_broken", "2"),
-    (Script([b"data: []\n\n"]), 503, "engine_broken", "2"),
-    (Script([b'data: {"choices": [7]}\n\n']), 503, "engine_broken", "2"),
+    (Script([], end="error", message="overloaded"), 503, "engine_broken", "1"),
+    (Script([b'data: {"error": {"message": "busy", "code": 503}}\n\n']), 503, "engine_busy", "1"),
+    (Script([], end="cut"), 503, "engine_broken", "1"),
+    (Script([b"data: {not json}\n\n"]), 503, "engine_broken", "1"),
+    (Script([b"data: []\n\n"]), 503, "engine_broken", "1"),
+    (Script([b'data: {"choices": [7]}\n\n']), 503, "engine_broken", "1"),
 ]
 
 

@@ -29,6 +29,12 @@ class Asked:
     seen: tuple[Message, ...]
     vault: Vault
 
+    @property
+    def context(self) -> Context:
+        """What the rules of the reply may know."""
+        context = self.judging.context
+        return context if context.messages == self.seen else replace(context, messages=self.seen)
+
 
 async def judged(service: Service, policy: Policy, turn: Turn, thread: Thread) -> Asked:
     """What is asked, judged and noted on the turn; a value of the vault is kept nowhere else, withheld or not."""

@@ -11,10 +11,12 @@ import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import aiohttp
 import orjson
+from yarl import URL
 
 from app.frames import (
     BackendError,
@@ -29,6 +31,7 @@ from guardrails.types import Message, Token, ToolMessage
 
 T = TypeVar("T")
 DONE = b"[DONE]"
+LATE = "The engine took too long to answer."
 MAX_ANSWER = 67_108_864
 """Bytes of a whole reply."""
 
@@ -97,9 +100,14 @@ class OpenAIBackend:
 
     async def complete(self, upstream: Upstream, prompt: Prompt) -> Delta:
         """The whole reply in one piece; cancelling it cancels the engine's work."""
-        until = asyncio.get_running_loop().time() + self._timeouts.total
-        async with self._asked(upstream, prompt.sampling, prompt, until) as response:
-            reply = read_completion(await _within(until, _whole(response)))
+        try:
+            async with (
+                asyncio.timeout(self._timeouts.total),
+                self._asked(upstream, prompt.sampling, prompt, None) as response,
+            ):
+                reply = read_completion(await _whole(response))
+        except TimeoutError:
+            raise BackendError("timeout", LATE) from None
         if not reply.finish_reason:
             raise BackendError("broken", "The engine sent a reply without a finish reason.")
         return reply
@@ -112,7 +120,7 @@ class OpenAIBackend:
             return yes_probability(tokens_of(orjson.loads(await _within(until, response.read()))))
 
     def _asked(
-        self, upstream: Upstream, body: Mapping[str, Any], prompt: Prompt, until: float
+        self, upstream: Upstream, body: Mapping[str, Any], prompt: Prompt, until: float | None
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
         """The engine's answer to a request, status 200, and its failures as BackendError; hangs up at the end."""
         told = {name: value for name, value in body.items() if name not in upstream.without}
@@ -157,30 +165,38 @@ def _valid(arguments: str) -> str:
     return arguments
 
 
+@lru_cache(256)
+def _url(base: str, path: str) -> URL:
+    return URL(f"{base.rstrip('/')}/{path}")
+
+
 @asynccontextmanager
 async def posted(
     session: aiohttp.ClientSession,
     upstream: Upstream,
     path: str,
     body: Mapping[str, Any],
-    until: float,
+    until: float | None,
     more_headers: Mapping[str, str] | None = None,
 ) -> AsyncIterator[aiohttp.ClientResponse]:
-    """An engine's answer to a request, status 200, and its failures as BackendError; hangs up at the end."""
+    """An engine's answer to a request, status 200, and its failures as BackendError; hangs up at the end.
+
+    until: the loop's time by which it must be there; None where the caller times it.
+    """
     headers = {"content-type": "application/json", **(more_headers or {})}
     if upstream.api_key:
         headers["authorization"] = f"Bearer {upstream.api_key}"
-    url = f"{upstream.url.rstrip('/')}/{path}"
+    asking = session.post(_url(upstream.url, path), data=orjson.dumps(body), headers=headers)
     try:
-        response = await _within(until, session.post(url, data=orjson.dumps(body), headers=headers))
+        response = await (_within(until, asking) if until else asking)
         try:
             if response.status != 200:
-                raise _refusal(response, await _within(until, response.read()))
+                raise _refusal(response, await (_within(until, response.read()) if until else response.read()))
             yield response
         finally:
             response.close()  # an answer that was read to its end has given its connection back already
     except TimeoutError:
-        raise BackendError("timeout", "The engine took too long to answer.") from None
+        raise BackendError("timeout", LATE) from None
     except aiohttp.ClientConnectorError:
         raise BackendError("unreachable", "The engine cannot be reached.", retry_after=5) from None
     except (aiohttp.ClientError, ConnectionError):

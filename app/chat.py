@@ -200,7 +200,8 @@ async def _speculated(
 async def _begin(service: Service, tenant: Tenant, turn: Turn) -> None:
     """Makes sure that the turn will be on record, as its tenant wants it; raises ApiError 503."""
     writer = service.store.writer
-    if not writer.healthy:
+    takes = await writer.prove() if tenant.when_store_fails == "refuse" else writer.healthy
+    if not takes:
         service.metrics.store_errors.inc()
         if tenant.when_store_fails == "refuse":
             raise unavailable(UNSTORED, "store_down", 5)

@@ -100,6 +100,7 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     secrets = sealing_secrets(settings, secret)
     store = await Store.open(settings.database_url, settings.home / "spill", settings.log_delay, secrets)
     stack.push_async_callback(store.close)
+    metrics.watch(store.writer)
     await _first_tenant(store, settings)
     engine = Engine(settings.engine, settings.home)
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import orjson
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    PrivateAttr,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -194,8 +193,10 @@ class ChatRequest(Body):
     store: bool | None = None
     service_tier: str | None = None
     prompt_cache_key: str | None = None
-    _block_mode: BlockMode = PrivateAttr("message")
-    _allowed: dict[str, Any] = PrivateAttr(default_factory=dict)
+    block_mode: ClassVar[BlockMode] = "message"
+    """How a refusal is told: as a filtered message, a plain one, a `refusal`, or an error 400."""
+    allowed: ClassVar[Mapping[str, Any]] = {}
+    """Further fields, which go to the engine as they are."""
 
     @field_validator("top_logprobs")
     @classmethod
@@ -261,11 +262,6 @@ class ChatRequest(Body):
         return self.max_completion_tokens or self.max_tokens
 
     @property
-    def block_mode(self) -> BlockMode:
-        """How a refusal is told: as a filtered message, a plain one, a `refusal`, or an error 400."""
-        return self._block_mode
-
-    @property
     def forced(self) -> bool:
         """True when the reply has to call a tool."""
         return self.tool_choice is not None and self.tool_choice not in ("auto", "none")
@@ -318,7 +314,7 @@ class ChatRequest(Body):
             chosen = {"tool_choice": choice.model_dump() if isinstance(choice, Choose) else choice} if choice else {}
             out |= {"tools": tools} | chosen
         formats = [_read(one) for one in definitions if one.role == DEFINING[1]]
-        return out | ({"response_format": formats[0]} if formats else {}) | self._allowed
+        return out | ({"response_format": formats[0]} if formats else {}) | self.allowed
 
 
 def _json(value: object) -> str:
@@ -397,7 +393,8 @@ def chat_request(data: dict[str, Any], allow: Collection[str] = (), mode: BlockM
     """
     allowed = {name: data.pop(name) for name in allow if name in data and name not in ChatRequest.model_fields}
     request = validated(ChatRequest, data)
-    request._block_mode, request._allowed = mode, allowed
+    # no fields, which a body could set; and no private attributes of pydantic, which cost more than all the rest
+    request.__dict__.update(block_mode=mode, allowed=allowed)
     return request
 
 

@@ -77,7 +77,7 @@ class Telling:
         self._values, self._request = asked.vault.values, request
         self._reply = Reply(
             policy.output,
-            replace(asked.judging.context, messages=asked.seen),
+            asked.context,
             offered=[one.name for one in definitions(asked.seen) if one.name in request.offered],
             structured=request.structured,
             restored=partial(restore, values=self._values, json=True),

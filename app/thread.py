@@ -59,11 +59,18 @@ async def recall(service: Service, turn: Turn, messages: tuple[Message, ...]) ->
         if replies:
             known = messages[: replies[-1] + 1]
             turn.head_hash = service.fingerprint(turn.tenant, turn.subject, known)
-            if conversation := await service.store.conversation_after(turn.tenant, turn.head_hash):
+            if found := await service.store.turn_after(turn.tenant, turn.head_hash):
                 thread = replace(thread, trusted=len(known))
+                before, conversation = found
                 turn.conversation = turn.conversation or conversation
+                turn.parent = before if turn.conversation == conversation else ""
         if named and not thread.trusted:
-            thread = _on_record(thread, await _said_before(service, turn), bool(turn.subject))
+            ended = await _ended_before(service, turn)
+            said = [message for one in ended for message in one.exchange]
+            on_record = _on_record(thread, said, bool(turn.subject))
+            if on_record.trusted:
+                turn.parent = ended[-1].id
+            thread = on_record
         if turn.conversation:
             news = await service.store.undelivered_answers(turn.tenant, turn.conversation)
     except StoreDown:
@@ -72,12 +79,11 @@ async def recall(service: Service, turn: Turn, messages: tuple[Message, ...]) ->
     return replace(thread, news=tuple(ticket for ticket in news if thread.owns(ticket)))
 
 
-async def _said_before(service: Service, turn: Turn) -> list[Message]:
-    """What this person asked in the conversation, and was told, as it is on record."""
+async def _ended_before(service: Service, turn: Turn) -> list[Turn]:
+    """The newest turns of the conversation in which this person was told something."""
     before = await service.store.turns(turn.conversation, turn.tenant)
     mine = [one for one in before if one.subject == turn.subject and one.ended and not one.error]
-    ended = [one for one in mine if one.said or one.calls]
-    return [message for one in ended[-REMEMBERED:] for message in one.exchange]
+    return [one for one in mine if one.said or one.calls][-REMEMBERED:]
 
 
 def _on_record(thread: Thread, said: Sequence[Message], known: bool) -> Thread:

@@ -51,7 +51,8 @@ def read(
         asked = validated(Translated, {name: value for name, value in chat(origin).items() if value is not None})
     except ApiError as error:
         raise _renamed(error, names) from None
-    asked._origin, asked._allowed, asked._block_mode = origin, allowed, block_mode(key, headers)
+    asked.__dict__.update(allowed=allowed, block_mode=block_mode(key, headers))
+    asked._origin = origin
     asked._idle = tuple(name for name in idle if getattr(origin, name))
     return asked
 

@@ -43,7 +43,7 @@ model_list:
   - model_name: fake
     litellm_params: {{model: openai/fake, api_key: none, api_base: "http://127.0.0.1:{engine}/v1"}}
 litellm_settings: {{request_timeout: 600, telemetry: false, set_verbose: false}}
-general_settings: {{master_key: sk-1234}}
+general_settings: {{master_key: sk-e1b7c04d9a52f6380c4d7be9215fa863}}
 """
 OPEN = 'name = "open"\npersona = "You are a helpful assistant."\n'
 MODELS = ("injection_model", "harm")
@@ -151,7 +151,7 @@ def litellm(home: Path, port: int, engine: int, cache: Path) -> Started:
         "LITELLM_MODE": "PRODUCTION",
         "NO_DOCS": "true",
     }
-    return Started([*command, "--port", str(port), "--num_workers", "1"], env, {"authorization": "Bearer sk-1234"})
+    return Started([*command, "--port", str(port), "--num_workers", "1"], env, {"authorization": "Bearer sk-e1b7c04d9a52f6380c4d7be9215fa863"})
 
 
 def portkey(home: Path, port: int, engine: int, cache: Path) -> Started:

@@ -112,6 +112,17 @@ class OpenAIBackend:
             raise BackendError("broken", "The engine sent a reply without a finish reason.")
         return reply
 
+    async def post(self, upstream: Upstream, path: str, body: Mapping[str, Any]) -> bytes:
+        """What the engine answers to another request, as it came; raises BackendError."""
+        try:
+            async with (
+                asyncio.timeout(self._timeouts.total),
+                posted(self._session, upstream, path, {"model": upstream.model, **body}, None) as response,
+            ):
+                return await _whole(response)
+        except TimeoutError:
+            raise BackendError("timeout", LATE) from None
+
     async def probability(self, upstream: Upstream, messages: Sequence[Message]) -> float:
         """P(yes) / (P(yes) + P(no)) from the log-probabilities of the first token; raises BackendError, ValueError."""
         until = asyncio.get_running_loop().time() + self._timeouts.first_token

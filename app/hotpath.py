@@ -30,7 +30,7 @@ async def serve(service: Service, surface: Surface, call: Call, receive: Receive
     try:
         await _answered(service, surface, call, client)
     except ApiError as error:
-        if not client.gone:
+        if not (client.gone or client.began):
             await client.refused(error, surface.error(error))
     except asyncio.CancelledError:
         if not client.gone:
@@ -58,9 +58,10 @@ async def _answered(service: Service, surface: Surface, call: Call, client: _Cli
                 await _told(exchange, surface, client, claim)
         finally:
             service.traffic.settle(permit, exchange.turns)
-    finally:
-        if claim and not turn.ended:
+    except BaseException:
+        if claim:
             await asyncio.shield(service.spawn(service.idempotency.abandon(claim)))
+        raise
 
 
 async def _told(exchange: Exchange, surface: Surface, client: _Client, claim: Claim | None) -> None:
@@ -93,7 +94,8 @@ async def _streamed(exchange: Exchange, frames: Frames, client: _Client, claim: 
             await _kept(exchange, claim)
             last = frames.end()
         except ApiError as error:
-            last = frames.failed(error)
+            await client.write(frames.failed(error), more=False)
+            raise
         await client.write(last, more=False)
 
 
@@ -103,14 +105,14 @@ class _Client:
     When it does, the task of the request is cancelled, and with it the engine's work.
     """
 
-    __slots__ = ("_answering", "_receive", "_send", "_silence", "_soon", "_task", "_watching", "_wrote", "gone")
+    __slots__ = ("_answering", "_receive", "_send", "_silence", "_soon", "_task", "_watching", "_wrote", "began", "gone")
 
     def __init__(self, receive: Receive, send: Send, silence: float):
         self._receive, self._send, self._silence = receive, send, silence
         self._task = asyncio.current_task()
         self._soon: asyncio.TimerHandle | None = None
         self._watching: asyncio.Task[None] | None = None
-        self._answering = self._wrote = self.gone = False
+        self._answering = self._wrote = self.gone = self.began = False
 
     async def body(self, limit: int, declared: str) -> bytes:
         """The whole body; raises ApiError 413 as soon as it is longer than `limit` bytes, or declares to be."""
@@ -167,7 +169,7 @@ class _Client:
     async def begin(self, headers: list[tuple[bytes, bytes]], first: bytes) -> None:
         """Sends the status of a stream, and its first frames."""
         await self._send({"type": "http.response.start", "status": 200, "headers": [*EVENTS, *headers]})
-        self._answering = True
+        self._answering = self.began = True
         await self.write(first)
 
     async def write(self, frames: bytes, more: bool = True) -> None:

@@ -1,8 +1,8 @@
 """newel beside other gateways: requests per second, CPU per request and per frame, added latency, stalls, memory.
 
-All in one run, with `wrk` and a stream client on one core and the gateway alone on the other. Peers are installed on the
-first run. `--write` puts the section into docs/benchmarks.md and draws docs/gateway-peers.svg. Machines differ and are
-shared: compare the ratios.
+All in one run, with `wrk` and a stream client on one core and the gateway alone on the other. Peers are installed on
+the first run. `--write` puts the section into docs/benchmarks.md and draws docs/gateway-peers.svg. Machines differ and
+are shared: compare the ratios.
 """
 
 from __future__ import annotations
@@ -186,23 +186,14 @@ def _answering(one: Running, running: subprocess.Popen[bytes], home: Path) -> No
 
 def bodies(many: int, **more: Any) -> list[str]:
     """Requests as JSON, each with seven @ where a running number belongs."""
-    topics = [
-        "a raise",
-        "my notice period",
-        "the holiday plan",
-        "a new desk",
-        "the train strike",
-        "our budget",
-        "a lost badge",
-    ]
+    topics = ["a raise", "my notice period", "the holiday plan", "a desk", "the train strike", "our budget", "a badge"]
     askers = ["two good years", "the night shift", "a long illness", "the new project", "a move to another city"]
     texts = (
         f"In case @@@@@@@ and after {askers[i % 5]}: how do I ask about {topics[i % 7]}, and in which order ({i})?"
         for i in range(many)
     )
-    made = (
-        {"model": "fake", "messages": [{"role": "user", "content": text}], "max_tokens": 100} | more for text in texts
-    )
+    limit = {"model": "fake", "max_tokens": 100}
+    made = (limit | {"messages": [{"role": "user", "content": text}]} | more for text in texts)
     return [json.dumps(body, separators=(",", ":")) for body in made]
 
 

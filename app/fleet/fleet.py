@@ -8,7 +8,7 @@ import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from app.admission import Priority, Slot
 from app.backends import Prompt, Timeouts
@@ -162,6 +162,14 @@ class Fleet:
     async def complete(self, prompt: Prompt, release: Release, affinity: str = "", trail: Trail | None = None) -> Delta:
         """The whole reply; cancelling it cancels the engine's work. Raises BackendError."""
         return await self._complete(self._journey(prompt, release, affinity, trail), prompt)
+
+    async def post(self, path: str, body: Mapping[str, Any], release: Release) -> bytes:
+        """What an engine answers to another request than for a chat, as it came; raises BackendError."""
+        journey = self._journey(Prompt((), body), release, "", None)
+        return await self._whole(
+            journey,
+            lambda member: journey.pool.caller.post(member.upstream(journey.release.model), path, body),
+        )
 
     async def probability(self, messages: Sequence[Message], release: Release | None = None) -> float:
         """P(yes) for a yes/no question (a Grader), to the first model unless told; raises BackendError, ValueError."""

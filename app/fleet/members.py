@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from app.backends import Prompt, Upstream
 from app.breaker import Breaker
@@ -31,6 +31,10 @@ class Caller(Protocol):
 
     async def complete(self, upstream: Upstream, prompt: Prompt) -> Delta:
         """The whole reply; raises BackendError."""
+        ...
+
+    async def post(self, upstream: Upstream, path: str, body: Mapping[str, Any]) -> bytes:
+        """What the engine answers to another request, as it came; raises BackendError."""
         ...
 
     async def probability(self, upstream: Upstream, messages: Sequence[Message]) -> float:

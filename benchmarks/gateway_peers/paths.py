@@ -1,4 +1,4 @@
-"""The ways from a client to the engine: direct, through nginx, through newel and its peers; how each is had and started."""
+"""The ways from a client to the engine: direct, through nginx, newel or a peer; how each is had and started."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ model_list:
   - model_name: fake
     litellm_params: {{model: openai/fake, api_key: none, api_base: "http://127.0.0.1:{engine}/v1"}}
 litellm_settings: {{request_timeout: 600, telemetry: false, set_verbose: false}}
-general_settings: {{master_key: sk-e1b7c04d9a52f6380c4d7be9215fa863}}
+general_settings: {{master_key: {key}}}
 """
+LITELLM_KEY = "sk-e1b7c04d9a52f6380c4d7be9215fa863"
+"""Any one will do, but not the one of its documentation, which it turns down."""
 OPEN = 'name = "open"\npersona = "You are a helpful assistant."\n'
 MODELS = ("injection_model", "harm")
 """Validators of the policy `base` that ask the encoder."""
@@ -119,6 +121,7 @@ def newel(policy: str, source: str = "") -> Callable[[Path, int, int, Path], Sta
             "POLICIES": str(folder),
             "DEFAULT_POLICY": policy,
             "PORT": str(port),
+            "ADMIN__PORT": str(free_port()),
             "LOG_LEVEL": "warning",
             "ENGINE__URL": f"http://127.0.0.1:{engine}/v1",
             "ENGINE__MODEL": "fake",
@@ -138,10 +141,11 @@ def newel(policy: str, source: str = "") -> Callable[[Path, int, int, Path], Sta
 
 def litellm(home: Path, port: int, engine: int, cache: Path) -> Started:
     place = cache / "litellm"
-    installed(place, f"litellm[proxy]=={LITELLM_VERSION}", [sys.executable, "-m", "venv", "--clear", str(place)], [
-        str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries=1", f"litellm[proxy]=={LITELLM_VERSION}",
-    ])  # fmt: skip
-    (home / "config.yaml").write_text(LITELLM.format(engine=engine))
+    package = f"litellm[proxy]=={LITELLM_VERSION}"
+    venv = [sys.executable, "-m", "venv", "--clear", str(place)]
+    pip = [str(place / "bin" / "python"), "-m", "pip", "install", "--quiet", "--retries=1", package]
+    installed(place, package, venv, pip)
+    (home / "config.yaml").write_text(LITELLM.format(engine=engine, key=LITELLM_KEY))
     command = [str(place / "bin" / "litellm"), "--config", str(home / "config.yaml"), "--host", "127.0.0.1"]
     env = {
         "PATH": f"{place / 'bin'}:{os.environ['PATH']}",
@@ -151,7 +155,11 @@ def litellm(home: Path, port: int, engine: int, cache: Path) -> Started:
         "LITELLM_MODE": "PRODUCTION",
         "NO_DOCS": "true",
     }
-    return Started([*command, "--port", str(port), "--num_workers", "1"], env, {"authorization": "Bearer sk-e1b7c04d9a52f6380c4d7be9215fa863"})
+    return Started(
+        [*command, "--port", str(port), "--num_workers", "1"],
+        env,
+        {"authorization": "Bearer sk-e1b7c04d9a52f6380c4d7be9215fa863"},
+    )
 
 
 def portkey(home: Path, port: int, engine: int, cache: Path) -> Started:
@@ -188,13 +196,14 @@ def installed(place: Path, what: str, *calls: list[str]) -> None:
 
 
 LITELLM_VERSION, PORTKEY_VERSION = "1.108.7", "1.15.2"
+STORED = "SQLite, each turn stored, 1,024 requests at once"
 WAYS: Mapping[str, Way] = {
     "direct": Way("direct", "the engine itself", None),
     "nginx": Way("nginx", "`proxy_pass`, one worker, keep-alive both ways", nginx),
     "floor": Way("ASGI floor", "30 lines of raw ASGI under uvicorn, aiohttp's client, nothing read", floor),
-    "rules": Way("newel, rules", "policy `base` without its two encoder rules; SQLite, each turn stored", newel("rules", rules())),
-    "open": Way("newel, guards off", "a policy without rules; SQLite, each turn stored", newel("open", OPEN)),
-    "base": Way("newel, base", "policy `base` as it ships, with the encoder", newel("base")),
+    "rules": Way("newel, rules", f"policy `base` without its two encoder rules; {STORED}", newel("rules", rules())),
+    "open": Way("newel, guards off", f"a policy without rules; {STORED}", newel("open", OPEN)),
+    "base": Way("newel, base", f"policy `base` as it ships, with the encoder; {STORED}", newel("base")),
     "litellm": Way("LiteLLM", f"{LITELLM_VERSION}, proxy, one worker, `LITELLM_MODE=PRODUCTION`, no database", litellm),
-    "portkey": Way("Portkey", f"{PORTKEY_VERSION}, `npx @portkey-ai/gateway`, headless", portkey),
-}  # fmt: skip
+    "portkey": Way("Portkey", f"npm `@portkey-ai/gateway@{PORTKEY_VERSION}`, headless", portkey),
+}

@@ -20,7 +20,7 @@ Figures = dict[str, float]
 
 @dataclass(slots=True)
 class Results:
-    """All that was measured. about: name to how it is set up; missing: why one could not be had; memory: MB by minute."""
+    """All that was measured. about: how a way is set up; missing: why one could not be had; memory: MB by minute."""
 
     about: dict[str, str] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
@@ -58,51 +58,62 @@ def stream_rows(results: Results) -> Iterable[list[str]]:
     for name, row in results.figures.items():
         if "frames" not in row:
             continue
-        own = name == "direct"
-        added = (
-            [ms(row["gap50"]), ms(row["gap99"])]
-            if own
-            else [ms(results.added(name, one)) for one in ("gap50", "gap99")]
-        )
-        bad = f", {row['stream_bad']:.0f} refused" if row["stream_bad"] else ""
-        cpu = "" if own else f"{row['frame_cpu']:,.1f}"
-        ttft = ms(row["ttft50"]) if own else ms(results.added(name, "ttft50"))
-        yield [
-            name,
-            f"{row['frames']:,.0f}{bad}",
-            cpu,
-            f"{row['stalls']:,.0f}",
-            *added,
-            ttft,
-            "" if own else f"{row['stream_rss']:.0f}",
-        ]
+        silent = f", {row['stream_bad']:.0f} streams without an answer" if row["stream_bad"] else ""
+        said = [name, f"{row['frames']:,.0f}{silent}"]
+        if not row["frames"]:
+            yield [*said, *[""] * 5, f"{row['stream_rss']:.0f}"]
+            continue
+        own, times = name == "direct", ("gap50", "gap99", "ttft50")
+        told = [ms(row[one]) if own else ms(results.added(name, one)) for one in times]
+        cpu, rss = ("", "") if own else (f"{row['frame_cpu']:,.1f}", f"{row['stream_rss']:.0f}")
+        yield [*said, cpu, f"{row['stalls']:,.0f}", *told, rss]
+
+
+INTRODUCTION = """`python benchmarks/gateway.py --write` measures all of this in one run and writes this section.
+The gateway has one core for itself (`taskset`), the engine and the load share the other, and ways that are not measured
+stand still (SIGSTOP). Each question and each reply is new (a running number in it). Medians of {rounds} rounds of
+{seconds:g} s in which the ways take turns. "Added" is against the direct way of the same run."""
+WHOLE = """### Whole replies
+
+`wrk`, a question of about 90 characters, a reply of 55 words: requests/s and CPU with 32 connections in a closed loop,
+latency with one. In brackets: how many times the floor's CPU."""
+STREAMS = """### Streams
+
+{streams} streams of 50 tokens a second each ({frames:,} frames/s, if the way can follow). A stall is a pause of more
+than 250 ms. The first row has the gaps and the time to the first event themselves, the others what is added."""
 
 
 def section(results: Results, streams: int, rounds: int, seconds: float, picture: str) -> str:
     """The section of the page, from its heading on."""
     ways = [[name, how] for name, how in results.about.items()]
     ways += [[name, f"left out: {why}"] for name, why in results.missing.items()]
+    whole = ["way", "requests/s", "CPU us a request", "added p50, ms", "added p99, ms", "memory, MB"]
+    spoken = [
+        "way",
+        "frames/s",
+        "CPU us a frame",
+        "stalls",
+        "gap p50, ms",
+        "gap p99, ms",
+        "first event, ms",
+        "memory, MB",
+    ]
+    where = f"{platform.machine()}, {os.cpu_count()} shared cores, {time.strftime('%Y-%m-%d')}"
     parts = [
         HEADING,
-        "`python benchmarks/gateway.py --write` measures all of this in one run and writes this section. The gateway has one "
-        "core for itself\n(`taskset`), the engine and the load share the other, and the ones that are not measured stand still "
-        f"(SIGSTOP). Each question and\neach reply is new (a running number in it). Medians of {rounds} rounds of "
-        f"{seconds:g} s in which the ways take turns. \"Added\" is against the\ndirect way of the same run.",
+        INTRODUCTION.format(rounds=rounds, seconds=seconds),
         f"![gateways side by side]({picture})",
         table(["way", "set up"], ways),
-        "### Whole replies\n\n`wrk`, a question of about 90 characters, a reply of 55 words: requests/s and CPU with 32 "
-        "connections in a closed loop, latency with\none. In brackets: how many times the floor's CPU.",
-        table(["way", "requests/s", "CPU us a request", "added p50, ms", "added p99, ms", "memory, MB"], whole_rows(results)),
-        f"### Streams\n\n{streams} streams of 50 tokens a second each ({streams * 50:,} frames/s, if the way can follow). A stall "
-        "is a pause of more than\n250 ms. The first row has the gaps and the time to the first event themselves, the others what "
-        "is added.",
-        table(
-            ["way", "frames/s", "CPU us a frame", "stalls", "gap p50, ms", "gap p99, ms", "first event p50, ms", "memory, MB"],
-            stream_rows(results),
+        WHOLE,
+        table(whole, whole_rows(results)),
+        *(
+            [STREAMS.format(streams=streams, frames=streams * 50), table(spoken, stream_rows(results))]
+            if streams
+            else []
         ),
         memory(results),
-        f"Python {platform.python_version()}, {platform.machine()}, {os.cpu_count()} shared cores, {time.strftime('%Y-%m-%d')}.",
-    ]  # fmt: skip
+        f"Python {platform.python_version()}, {where}.",
+    ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

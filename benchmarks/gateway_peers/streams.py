@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from itertools import pairwise
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -51,7 +52,7 @@ def counted(streams: list[Stream], start: float, end: float) -> dict[str, Any]:
         window = [(at, many) for at, many in one.reads if start <= at < end]
         events += sum(many for _, many in window)
         times = [start, *(at for at, _ in window), end]
-        between = [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+        between = [later - earlier for earlier, later in pairwise(times)]
         gaps += between[1:-1]
         stalls += sum(gap > STALL for gap in between)
     first = [one.first - one.began for one in streams if one.first]

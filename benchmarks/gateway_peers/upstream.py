@@ -1,7 +1,7 @@
 """An engine that costs next to nothing: it answers at once, or streams at a steady rate, from bytes made beforehand.
 
-`python upstream.py PORT`. A stream has `max_tokens` pieces, 50 a second. Every reply is another one: 300 texts, each with
-a running number in it, so that nothing that remembers texts is flattered.
+`python upstream.py PORT`. A stream has `max_tokens` pieces, 50 a second. Every reply is another one: 300 texts, each
+with a running number in it, so that nothing that remembers texts is flattered.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import uvloop
 
 RATE = 50
 TEXTS = 300
-WORDS = (
+TEXT = (
     "team plan week house river train garden letter paper market winter summer window coffee bridge forest morning "
     "evening colour music story number answer question reason moment country city street doctor teacher student "
     "kitchen table bread water light sound travel budget report meeting project office printer holiday contract"
-).split(" ")
+)
+WORDS = TEXT.split()
 HEAD = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 NUMBER = b"@@@@@@@"

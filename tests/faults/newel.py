@@ -35,6 +35,7 @@ class Newel:
     more: dict[str, str] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
+    admin_port: int = field(default_factory=free_port)
     when: WhenStoreFails = "refuse"
     files: int = 0
     process: subprocess.Popen[bytes] | None = None
@@ -44,6 +45,11 @@ class Newel:
     @property
     def base(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def operators(self) -> str:
+        """Where the operators' routes are."""
+        return f"http://127.0.0.1:{self.admin_port}"
 
     @property
     def database_url(self) -> str:
@@ -61,6 +67,7 @@ class Newel:
             "engine__url": self.engine,
             "engine__model": "fake",
             "port": str(self.port),
+            "admin__port": str(self.admin_port),
             "secret": "0" * 64,
             "encoder": os.environ.get("NEWEL_ENCODER", ""),
         }

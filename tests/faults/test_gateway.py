@@ -79,7 +79,7 @@ async def customer(http: aiohttp.ClientSession, gateway: Newel, number: int, don
             assert status == 200, told
             done.tickets.append(told["guardrails"]["escalation"]["id"])
             if step % 2:
-                url = f"{gateway.base}/admin/tickets/{done.tickets[-1]}/close"
+                url = f"{gateway.operators}/admin/tickets/{done.tickets[-1]}/close"
                 status, told = await call(http, "POST", url, gateway.admin)
                 assert status == 200, told
                 done.closed.append(told["id"])

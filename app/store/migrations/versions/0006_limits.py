@@ -174,4 +174,4 @@ def upgrade() -> None:
     op.create_index("ix_idempotency_expires_at", "idempotency", ["expires_at"], unique=False)
     if op.get_bind().dialect.name == "postgresql":
         for function in (_GO_ON, _KEEP, _RESERVE, _SETTLE):
-            op.execute(sa.DDL(function))
+            op.execute(sa.DDL(function))  # type: ignore[no-untyped-call]

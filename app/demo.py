@@ -295,10 +295,16 @@ async def _ask(tour: Tour, step: Question) -> tuple[Turn, str]:
             said += piece
             tour.console.print(Text(piece.replace("\n", f"\n{' ' * 12}")), end="", soft_wrap=True)
     tour.console.print()
-    turn = await tour.store.turn(id, TENANT)
-    if turn is None:
-        raise Unexpected(f"there is no record of turn {id}")
-    return turn, said
+    return await _on_record(tour, id), said
+
+
+async def _on_record(tour: Tour, id: str) -> Turn:
+    """The turn, which the gateway writes down a moment after its last word."""
+    for _ in range(50):
+        if (turn := await tour.store.turn(id, TENANT)) and turn.ended:
+            return turn
+        await asyncio.sleep(0.1)
+    raise Unexpected(f"there is no record of turn {id}")
 
 
 def _verdict(turn: Turn) -> str:

@@ -8,10 +8,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from app.records import DeliveryState, Turn
 from app.store.writer import TurnWriter
+from app.tracing import Steps
 from guardrails.types import Action
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 GUARD_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1, 5)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.2, 0.5, 1)
 
 
 class Metrics:
@@ -58,10 +60,16 @@ class Metrics:
         self.admission_wait = seconds("admission_wait", "Time in the queue of a pool", "pool", "class")
         self.first_token = seconds("first_token", "From the request to the engine's first token")
         self.duration = seconds("turn", "From the request to the end of the reply")
+        self.token_time = seconds(
+            "token", "Mean time between the tokens of a streamed reply, one value a reply", buckets=TOKEN_SECONDS
+        )
+        self.overhead = seconds("overhead", "What a turn took beside waiting for its engine", buckets=GUARD_SECONDS)
         self.tokens = counter("tokens", "Tokens", "tenant", "direction")
         self.tickets = counter("tickets", "Turns handed to a person", "queue", "priority")
         self.feedback = counter("feedback", "Judgements by people", "kind")
         self.store_errors = counter("store_errors", "Times that the database was found down while a turn ran")
+        self.written = counter("turns_written", "Turn records written to the database")
+        self.batches = counter("turn_batches", "Transactions that wrote turn records")
         self.spilled = counter("turns_spilled", "Turn records written to the spill")
         self.lost = counter("turns_lost", "Turn records that could be stored nowhere")
         self.rejected = counter("turns_rejected", "Turn records that the database turned down, put aside on the disk")
@@ -78,6 +86,7 @@ class Metrics:
         self.limits_down = gauge("limits_down", "1 while the ledger of limits does not answer")
 
         self._answers: dict[tuple[str, int], Counter] = {}
+        self._children: dict[tuple[Counter, tuple[str, ...]], Counter] = {}
         self._guarded = {stage: self.guard.labels(stage) for stage in ("input", "output")}
 
     def answered(self, route: str, status: int) -> None:
@@ -91,31 +100,60 @@ class Metrics:
         """Notes how long a turn's input or output was judged."""
         self._guarded[stage].observe(seconds)
 
-    def count(self, turn: Turn) -> None:
-        """Counts a finished turn."""
+    def count(self, turn: Turn, steps: Steps | None = None) -> None:
+        """Counts a finished turn; `steps` tell how long it waited for an engine."""
         policy = turn.policy.partition("@")[0]
-        self.turns.labels(turn.tenant, policy, turn.action).inc()
+        self._of(self.turns, turn.tenant, policy, turn.action).inc()
         if turn.error:
-            self.turn_errors.labels(turn.error).inc()
-        for stage, hit in turn.hits:
-            self.hits.labels(policy, stage, hit.rule, hit.action.word, hit.mode).inc()
-            if hit.broken:
-                self.broken.labels(policy, hit.rule, hit.action.word).inc()
-            if hit.mode == "shadow" and hit.action.word != "allow" and hit.action > Action[turn.action.upper()]:
-                self.shadow.labels(policy, stage, hit.rule, hit.action.word).inc()
-        if turn.first_token_ms is not None:
-            self.first_token.observe(turn.first_token_ms / 1000)
-        if turn.total_ms is not None:
-            self.duration.observe(turn.total_ms / 1000)
-        self.tokens.labels(turn.tenant, "prompt").inc(turn.prompt_tokens)
-        self.tokens.labels(turn.tenant, "completion").inc(turn.completion_tokens)
+            self._of(self.turn_errors, turn.error).inc()
+        if turn.input or turn.output:
+            self._count_hits(turn, policy)
+        self._time(turn, steps)
+        if turn.prompt_tokens:
+            self._of(self.tokens, turn.tenant, "prompt").inc(turn.prompt_tokens)
+        if turn.completion_tokens:
+            self._of(self.tokens, turn.tenant, "completion").inc(turn.completion_tokens)
         if turn.ticket and turn.ticket.turn == turn.id:
-            self.tickets.labels(turn.ticket.queue, turn.ticket.priority).inc()
+            self._of(self.tickets, turn.ticket.queue, turn.ticket.priority).inc()
+
+    def _count_hits(self, turn: Turn, policy: str) -> None:
+        for stage, hit in turn.hits:
+            action = hit.action.word
+            self._of(self.hits, policy, stage, hit.rule, action, hit.mode).inc()
+            if hit.broken:
+                self._of(self.broken, policy, hit.rule, action).inc()
+            if hit.mode == "shadow" and hit.action and hit.action > Action[turn.action.upper()]:
+                self._of(self.shadow, policy, stage, hit.rule, action).inc()
+
+    def _time(self, turn: Turn, steps: Steps | None) -> None:
+        first, total = turn.first_token_ms, turn.total_ms
+        if first is not None:
+            self.first_token.observe(first / 1000)
+        if total is None:
+            return
+        self.duration.observe(total / 1000)
+        if first is not None and turn.streamed and turn.completion_tokens > 1:
+            self.token_time.observe((total - first) / (turn.completion_tokens - 1) / 1000)
+        if steps is not None:
+            self.overhead.observe(max(0.0, total / 1000 - steps.waited))
+
+    def _of(self, counter: Counter, *labels: str) -> Counter:
+        """`counter.labels(...)`, which by itself takes a lock and more each time."""
+        child = self._children.get((counter, labels))
+        if child is None:
+            child = self._children[counter, labels] = counter.labels(*labels)
+        return child
 
     def watch(self, writer: TurnWriter) -> None:
         """Counts from now on what becomes of the turns that are logged."""
-        counters = {"spilled": self.spilled, "lost": self.lost, "rejected": self.rejected}
-        writer.told = lambda what, more: counters[what].inc(more) if what in counters else None
+        counters: dict[str, Counter] = {
+            "written": self.written,
+            "batches": self.batches,
+            "spilled": self.spilled,
+            "lost": self.lost,
+            "rejected": self.rejected,
+        }
+        writer.told = lambda what, more: counters[what].inc(more)
         self.queued.set_function(lambda: writer.waiting)
 
     def count_deliveries(self, states: Mapping[DeliveryState, int]) -> None:

@@ -239,6 +239,20 @@ class IdempotencySettings(BaseModel):
     wait: float = Field(default=10.0, ge=0)
 
 
+class TracingSettings(BaseModel):
+    """Where spans are sent: the whole URL of an OTLP/HTTP collector's traces; off without an `endpoint`.
+
+    sample: the share of traces that are recorded where the client brings none; where it does, it decides.
+    provider: what the spans name as `gen_ai.provider.name`. timeout: seconds for one batch.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    endpoint: str = ""
+    sample: float = Field(default=1.0, ge=0, le=1)
+    provider: str = "openai"
+    timeout: float = Field(default=10.0, gt=0)
+
+
 class Settings(BaseSettings):
     """Everything an operator can set; `deploy/newel.toml` is the annotated example."""
 
@@ -260,6 +274,7 @@ class Settings(BaseSettings):
     idempotency: IdempotencySettings = IdempotencySettings()
     auth: AuthSettings = AuthSettings()
     admin: AdminSettings = AdminSettings()
+    tracing: TracingSettings = TracingSettings()
     pools: dict[str, PoolSettings] = {}
     models: dict[str, ModelSettings] = {}
     admission: AdmissionSettings = AdmissionSettings()

@@ -90,7 +90,7 @@ def test_the_example_file_gives_the_true_defaults() -> None:
     examples = {"home", "database", "policies", "engine.url", "engine.api_key", "engine.python", "engine.args"}
     examples |= {"secret", "webhook.url", "webhook.secret", "vault.secret", "vault.old_secrets"}
     examples |= {"admin.port", *(f"auth.oidc.{key}" for key in ("issuer", "audience", "jwks_url"))}
-    examples |= {"auth.oidc.tenants", "auth.oidc.scopes"}
+    examples |= {"auth.oidc.tenants", "auth.oidc.scopes", "limits.redis_url"}
     examples |= {f"guard_models.qwen.{key}" for key in ("url", "model", "kind", "api_key")}
     uncommented = tomllib.loads(_uncommented())
     examples |= {f"pools.qwen.{key}_timeout" for key in ("first_token", "idle", "total")} | {"pools.qwen.in_flight"}

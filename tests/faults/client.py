@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,7 +98,11 @@ async def _listen(answer: aiohttp.ClientResponse, heard: Heard, began: float, se
 
 
 def _read(heard: Heard, raw: bytes) -> None:
-    body = orjson.loads(raw)
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError:  # a proxy's own page
+        heard.broken = "no JSON"
+        return
     heard.error = body.get("error") or {}
     for choice in body.get("choices") or ():
         heard.text, heard.finish = choice["message"]["content"] or "", choice["finish_reason"]
@@ -156,19 +161,12 @@ async def talk(
     """All that comes back for these bytes (numbers are pauses in seconds) until the server hangs up, has said nothing
     for `quiet` seconds after it said something, or `timeout` is over."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    raw = b""
+    raw, writing = bytearray(), asyncio.create_task(_send(writer, sent, half_close))
+    until = time.monotonic() + timeout
     try:
-        for part in sent:
-            if isinstance(part, float):
-                await asyncio.sleep(part)
-                continue
-            writer.write(part)
-            await writer.drain()
-        if half_close:
-            writer.write_eof()
-        until = time.monotonic() + timeout
         while (left := until - time.monotonic()) > 0:
-            async with asyncio.timeout(min(left, quiet) if raw and not half_close else left):
+            patient = half_close or not raw or not writing.done()
+            async with asyncio.timeout(left if patient else min(left, quiet)):
                 got = await reader.read(1 << 16)
             if not got:
                 break
@@ -176,5 +174,18 @@ async def talk(
     except (TimeoutError, ConnectionError):
         pass
     finally:
+        writing.cancel()
         writer.transport.abort()
-    return raw
+    return bytes(raw)
+
+
+async def _send(writer: asyncio.StreamWriter, sent: Sequence[bytes | float], half_close: bool) -> None:
+    with suppress(ConnectionError):  # the server may have heard enough
+        for part in sent:
+            if isinstance(part, float):
+                await asyncio.sleep(part)
+            else:
+                writer.write(part)
+                await writer.drain()
+        if half_close:
+            writer.write_eof()

@@ -1,4 +1,4 @@
-"""One chat request and its answer: several replies, log-probabilities, fields of the engine, idempotency, key limits."""
+"""One chat request and its answer: several replies, log-probabilities, engine fields, idempotency, key limits."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ async def test_log_probabilities_of_a_stopped_reply_end_with_what_was_said(
 
 async def test_fields_that_hold_no_text_pass_byte_by_byte(gateway: Gateway, upstream: FakeUpstream) -> None:
     frame = (
-        b'data: {"id":"x","system_fingerprint":"fp_44","speed":1.0E5,"choices":[{"index":0,"delta":{"content":"Hi","mood":3},'
-        b'"stop_reason":null}]}\n\n'
+        b'data: {"id":"x","system_fingerprint":"fp_44","speed":1.0E5,"choices":[{"index":0,'
+        b'"delta":{"content":"Hi","mood":3},"stop_reason":null}]}\n\n'
     )
     upstream.script = Script([frame])
     _, _, raw = await post(gateway, "Hello", stream=True)

@@ -32,7 +32,7 @@ vault = true
 [[input]]
 name = "crisis"
 validator = "patterns"
-patterns = ['harass\\\\w{{0,6}}']
+patterns = ['harass\\w{{0,6}}']
 action = "escalate"
 route = "people"
 reply = "{CRISIS}"
@@ -236,7 +236,7 @@ async def test_anothers_conversation_is_a_new_one_in_the_metadata_too(scene: Sce
 )
 async def test_a_spoofed_header_makes_nobody_another_tenants(scene: Scene, spoofed: dict[str, str]) -> None:
     plain = await said_in(scene, {"x-conversation-id": "mine-1"})
-    assert await said_in(scene, {"x-conversation-id": "mine-2"} | spoofed) in (plain, (plain[0], plain[1]))
+    assert await said_in(scene, {"x-conversation-id": "mine-2"} | spoofed) == plain
     turns = [
         turn for thread in ("mine-1", "mine-2") for turn in await scene.gateway.service.store.turns(thread, "default")
     ]

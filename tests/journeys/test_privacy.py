@@ -79,7 +79,7 @@ async def test_what_people_write_is_neither_in_the_logs_nor_in_the_metrics(
     async def fail(*args: object) -> None:
         raise RuntimeError(f"could not judge {MARK}") from ValueError(MARK)
 
-    monkeypatch.setattr("app.chat._judged", fail)
+    monkeypatch.setattr("app.chat.judged", fail)
     assert await post(gateway, gateway.body(MARK), {}) == 500
     gateway.service.spawn(fail())
     await asyncio.sleep(0.1)

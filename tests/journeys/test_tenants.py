@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import openai
 import pytest
 
+from app.auth import GOOD_SECONDS
 from tests.fakes import FakeUpstream
 from tests.gateway import SALARY, Gateway
 
@@ -44,10 +47,11 @@ async def test_two_tenants_have_policies_conversations_and_tickets_of_their_own(
     assert (await gateway.turn(resent.id, "other")).conversation not in ("the-same", "")
 
 
-async def test_a_revoked_key_is_refused_at_once(gateway: Gateway) -> None:
+async def test_a_revoked_key_is_refused_within_a_second(gateway: Gateway) -> None:
     key, secret = await gateway.service.store.add_key("default")
     assert (await gateway.ask("Hello", key=secret)).id
     await gateway.service.store.revoke_key(key.id)
+    await asyncio.sleep(GOOD_SECONDS)
     with pytest.raises(openai.AuthenticationError):
         await gateway.ask("Hello", key=secret)
 

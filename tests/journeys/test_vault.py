@@ -16,6 +16,7 @@ from app.logs import SOURCES, JsonFormatter
 from app.records import Tenant
 from app.settings import VaultSettings
 from app.store import Store, StoreDown
+from app.store.database import Database
 from tests.fakes import FakeUpstream, Script
 from tests.gateway import Gateway, running, settings, spoken, until
 
@@ -268,9 +269,7 @@ async def test_no_value_is_written_down_in_clear(
     await sealed.raw("POST", "/v1/chat/completions", json=sealed.body(f"I am {ANN}", stream=True), key=bold)
     home = sealed.service.settings.home
     with monkeypatch.context() as patch:
-        for method in ("begin", "finish", "keep_values"):
-            patch.setattr(Store, method, _down)
-        patch.setattr(Store, "replay", _down)
+        patch.setattr(Database, "write", _down)
         assert await told(sealed, f"I am {ANN}", key=bold) == "To [EMAIL_1] and [EMAIL]"
         assert any(path.suffix == ".jsonl" for path in (home / "spill").iterdir())
         assert not _holders(home, ANN)

@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,10 +27,11 @@ from app.keys_cli import keys_app
 from app.policies import library
 from app.policy_cli import check, diff, policy_app, replay
 from app.privacy_cli import privacy_app
-from app.records import DeliveryState, Tenant, TicketState, Turn, WhenStoreFails
+from app.records import DeliveryState, Tenant, TicketState, WhenStoreFails
 from app.settings import Settings
-from app.shell import Json, Refusal, actor, cell, find_turn, login, print_json, read_settings, show, stored, told
+from app.shell import Json, Refusal, actor, cell, login, print_json, read_settings, show, stored, told
 from app.store import Store, StoreError
+from app.turn_cli import show_turn
 from app.vault_cli import vault_app
 from guardrails.policy import PolicyError, resolve
 
@@ -42,12 +43,6 @@ OfTenant = Annotated[str | None, typer.Option(help="Only this tenant's.")]
 
 DRAIN = 30
 """Seconds that requests in flight have to end when the gateway is stopped."""
-
-UNEXPLAINED = frozenset(
-    ("withheld_asked", "withheld_said", "input", "output", "head_hash", "tail_hash", "subject", "history", "ticket")
-)
-"""What `newel turn` leaves out of a turn: other classes of text, and what says nothing to a person."""
-
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -323,50 +318,7 @@ def retry_webhook(id: Annotated[str, typer.Argument(help="The delivery's id.")])
 # --- what was said
 
 
-@app.command("turn")
-def show_turn(
-    id: Annotated[str, typer.Argument(help="The completion's id, chatcmpl-...")],
-    withheld: Annotated[bool, typer.Option("--withheld", help="Also the texts that were withheld; audited.")] = False,
-    reason: Annotated[str, typer.Option(help="Why the withheld texts are needed.")] = "",
-    as_json: Json = False,
-) -> None:
-    """Explains one exchange. Its verdicts, rules and times, and the texts as the policy let them be kept."""
-    if withheld and not reason.strip():
-        raise typer.BadParameter("withheld text is shown only for a reason: add --reason", param_hint="--withheld")
-
-    async def look(store: Store) -> dict[str, Any]:
-        turn = await find_turn(store, id)
-        told = explained(turn)
-        if withheld:
-            raw = await store.withheld(id, turn.tenant, actor(), reason)
-            told |= {f"withheld_{kind}": text for kind, text in raw.items()}
-        return told
-
-    _show_one(stored(look), as_json)
-
-
-def explained(turn: Turn) -> dict[str, Any]:
-    """What was decided about a turn and why, as plain values, without what was withheld."""
-    plain = {field.name: getattr(turn, field.name) for field in fields(turn)}
-    hits = [
-        {"stage": stage, "rule": hit.rule, "action": hit.action.word, "mode": hit.mode, "broken": hit.broken,
-         "found": [f"{found.label} at {found.start}-{found.end}" for found in hit.findings]}
-        for stage, hit in turn.hits
-    ]  # fmt: skip
-    hidden = (
-        "withheld_asked",
-        "withheld_said",
-        "input",
-        "output",
-        "head_hash",
-        "tail_hash",
-        "subject",
-        "history",
-        "ticket",
-    )
-    calls = [{"id": call.call, "name": call.name, "arguments": call.content} for call in turn.calls]
-    shown = {name: value for name, value in plain.items() if name not in hidden} | {"calls": calls}
-    return shown | {"ticket": turn.ticket.id if turn.ticket else "", "hits": hits}
+app.command("turn")(show_turn)
 
 
 @app.command("export")
@@ -392,13 +344,5 @@ def _show_one(values: dict[str, Any], as_json: bool) -> None:
         return
     console = Console(highlight=False, soft_wrap=True)
     for name, value in values.items():
-        if name == "hits":
-            for hit in value:
-                seen = ", ".join(filter(None, [hit["broken"] and f"broken: {hit['broken']}", *hit["found"]]))
-                mode = "" if hit["mode"] == "enforce" else f" ({hit['mode']})"
-                console.print(f"hit: {hit['stage']}, {hit['rule']}, {hit['action']}{mode}: {seen}", markup=False)
-        elif name == "calls":
-            for call in value:
-                console.print(f"call: {call['name']} {call['arguments']} ({call['id']})", markup=False)
-        elif value not in ("", None):
+        if value not in ("", None):
             console.print(f"{name.replace('_', ' ')}: {cell(value)}", markup=False)

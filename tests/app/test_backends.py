@@ -252,9 +252,9 @@ async def test_the_time_that_a_consumer_takes_is_not_the_engines() -> None:
 
 
 async def test_a_whole_reply_is_asked_for_whole() -> None:
-    async with FakeUpstream(Script(["a", "b"], finish_reason="length", usage=(7, 2))) as upstream:
-        async with aiohttp.ClientSession() as session:
-            reply = await OpenAIBackend(session).complete(Upstream(upstream.url, "m"), PROMPT)
+    script = Script(["a", "b"], finish_reason="length", usage=(7, 2))
+    async with FakeUpstream(script) as upstream, aiohttp.ClientSession() as session:
+        reply = await OpenAIBackend(session).complete(Upstream(upstream.url, "m"), PROMPT)
     assert reply == Delta("ab", "length", 7, 2)
     assert "stream" not in upstream.seen[0].body
 

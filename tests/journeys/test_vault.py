@@ -271,6 +271,7 @@ async def test_no_value_is_written_down_in_clear(
     with monkeypatch.context() as patch:
         patch.setattr(Database, "write", _down)
         assert await told(sealed, f"I am {ANN}", key=bold) == "To [EMAIL_1] and [EMAIL]"
+        await sealed.service.store.flush()
         assert any(path.suffix == ".jsonl" for path in (home / "spill").iterdir())
         assert not _holders(home, ANN)
     turn = await sealed.turn(replies[0].id)

@@ -3,6 +3,8 @@
 #   docker build -t newel . && docker run -p 127.0.0.1:8080:8080 -e NEWEL_ENGINE__URL=http://gpu-1:8000/v1 \
 #     -v newel:/var/lib/newel --read-only --tmpfs /tmp newel
 #
+# 9080 has the operators' routes and the metrics: publish it to none but them.
+#
 # BASE_IMAGE is any image with Python 3.11 to 3.13 as `python3`, with its venv module.
 ARG BASE_IMAGE=docker.io/library/python:3.13-slim-bookworm
 
@@ -13,7 +15,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY guardrails guardrails
 COPY alignment alignment
 COPY app app
-RUN --mount=type=cache,target=/root/.cache/pip /opt/newel/bin/pip install --constraint constraints.txt ".[postgres]"
+RUN --mount=type=cache,target=/root/.cache/pip /opt/newel/bin/pip install --constraint constraints.txt ".[postgres,redis,otel]"
 # The encoder of the guard's classifiers is made with libraries that only training has, in an environment of their own.
 RUN --mount=type=cache,target=/root/.cache/pip python3 -m venv /opt/quantise \
     && /opt/quantise/bin/pip install --constraint constraints.txt onnx onnxruntime tokenizers \
@@ -29,12 +31,14 @@ ENV PATH=/opt/newel/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     NEWEL_HOST=0.0.0.0 \
     NEWEL_PORT=8080 \
+    NEWEL_ADMIN__HOST=0.0.0.0 \
+    NEWEL_ADMIN__PORT=9080 \
     NEWEL_HOME=/var/lib/newel \
     NEWEL_ENCODER=/opt/newel/share/newel/models/all-minilm-l6-v2-int8
 USER 10001:10001
 WORKDIR /var/lib/newel
 VOLUME /var/lib/newel
-EXPOSE 8080
+EXPOSE 8080 9080
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s \
   CMD ["python", "-c", "import os, urllib.request as u; u.urlopen(f\"http://127.0.0.1:{os.environ['NEWEL_PORT']}/livez\", timeout=2)"]

@@ -58,7 +58,7 @@ async def answer(
         else:
             prompt = Prompt(
                 prompted(policy, asked, thread.news),
-                request.sampling(definitions(asked.seen)),
+                {**request.sampling(definitions(asked.seen)), "cache_salt": service.salt(tenant.name)},
                 service.marks(turn),
             )
             shadow(service, policy, turn, prompt, release)

@@ -80,7 +80,7 @@ def _embedded(python: str, why: str) -> Plan:
         [python, "-m", "alignment.serve"],
         {"TQDM_DISABLE": "1"} | _SHARED_CORES,
         f"the embedded CPU engine: {why}",
-        without=TOOLING | {"reasoning_effort", "response_format"},
+        without=TOOLING | {"cache_salt", "reasoning_effort", "response_format"},
     )
 
 

@@ -342,3 +342,11 @@ async def ready(gateway: Gateway) -> bool:
 async def shadowed(gateway: Gateway, conversation: str) -> Any:
     turns = await gateway.service.store.turns(f"shadow_{conversation}", "default")
     return turns[0] if turns and turns[0].ended else None
+
+
+async def test_the_prefix_cache_of_a_tenant_is_its_own(gateway: Gateway, upstream: FakeUpstream) -> None:
+    other = await gateway.tenant("other")
+    for key in ("", other, ""):
+        await gateway.ask("Hello", key=key)
+    first, second, third = (seen.body["cache_salt"] for seen in upstream.seen)
+    assert first == third != second and "other" not in second

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 it could not be done (the reason is on stderr), 2 the comm
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import socket
 import sys
@@ -181,6 +182,8 @@ def _announcing(server: uvicorn.Server, listener: socket.socket) -> uvicorn.Serv
 
     async def startup(sockets: list[socket.socket] | None = None) -> None:
         await begin(sockets)
+        gc.collect()
+        gc.freeze()  # what lives as long as the process: to look through it again and again is a quarter of the CPU
         host, port = listener.getsockname()[:2]
         print(f"newel listens on http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)", flush=True)
 

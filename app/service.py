@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import hmac
 import logging
 import time
@@ -73,18 +72,18 @@ class Service:
             [one.role, one.content.strip(), *filter(None, [name])] for one, name in zip(messages, named, strict=True)
         )
         said = orjson.dumps([tenant, subject, *told])
-        return hmac.new(self.secret, said, hashlib.sha256).hexdigest()
+        return hmac.digest(self.secret, said, "sha256").hex()
 
     def salt(self, tenant: str) -> str:
-        """What keeps the prefix cache of an engine apart for a tenant: another would hear of it by the time it takes."""
+        """What keeps the prefix cache of an engine apart for a tenant; others would hear of it by the time that it takes."""
         found = self._salts.get(tenant)
         if found is None:
-            found = self._salts[tenant] = hmac.new(self.secret, f"cache\0{tenant}".encode(), hashlib.sha256).hexdigest()
+            found = self._salts[tenant] = hmac.digest(self.secret, f"cache\0{tenant}".encode(), "sha256").hex()
         return found
 
     def digest(self, body: bytes) -> str:
         """An HMAC of a request's body, by which the same request is recognised."""
-        return hmac.new(self.secret, body, hashlib.sha256).hexdigest()
+        return hmac.digest(self.secret, body, "sha256").hex()
 
     def marks(self, turn: Turn) -> dict[str, str]:
         """The headers that tell an engine which request it works for."""
@@ -97,4 +96,4 @@ class Service:
 
 def pseudonym(secret: bytes, tenant: str, person: str) -> str:
     """An HMAC that stands for a person, so that what belongs to them can be found without their name."""
-    return hmac.new(secret, f"{tenant}\0{person}".encode(), hashlib.sha256).hexdigest()[:32] if person else ""
+    return hmac.digest(secret, f"{tenant}\0{person}".encode(), "sha256").hex()[:32] if person else ""

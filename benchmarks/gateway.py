@@ -107,6 +107,7 @@ class Running:
     headers: dict[str, str]
     pid: int | None
     rows: list[Figures] = field(default_factory=list)
+    note: str = ""
 
     @property
     def url(self) -> str:
@@ -151,7 +152,19 @@ def started(way: Way, engine: int, cache: Path, home: Path, ends: ExitStack) -> 
         _wait(one, running, start)
         one.headers["authorization"] = f"Bearer {start.key()}"
     _answering(one, running, home)
+    one.note = _on_streams(one)
     return one
+
+
+def _on_streams(one: Running) -> str:
+    """What is to be said of a way that answers no stream."""
+    try:
+        asked(one, bodies(1, stream=True, max_tokens=2)[0].encode())
+    except urllib.error.HTTPError as error:
+        return f"; it answers streams with status {error.code}"
+    except OSError as error:
+        return f"; it answers no streams ({error})"
+    return ""
 
 
 def _wait(one: Running, running: subprocess.Popen[bytes], start: Started) -> None:
@@ -316,7 +329,7 @@ def run(names: Sequence[str], options: argparse.Namespace) -> Results:
                 continue
             one.signal(signal.SIGSTOP)
             running.append(one)
-            results.about[one.way.name] = one.way.how
+            results.about[one.way.name] = one.way.how + one.note
         _rounds(running, Load(home), options, results)
     return results
 

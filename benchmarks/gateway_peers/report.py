@@ -80,7 +80,8 @@ latency with one. In brackets: how many times the floor's CPU."""
 STREAMS = """### Streams
 
 {streams} streams of 50 tokens a second each ({frames:,} frames/s, if the way can follow). A stall is a pause of more
-than 250 ms. The first row has the gaps and the time to the first event themselves, the others what is added."""
+than 250 ms. The first row has the gaps and the time to the first event themselves, the others what is added. Where a
+way cannot follow, pieces come in bursts: the gap's p50 is then less than nothing."""
 
 
 def section(results: Results, streams: int, rounds: int, seconds: float, picture: str) -> str:

@@ -48,12 +48,21 @@ class Receiver:
     """An OTLP/HTTP collector that keeps what it is sent."""
 
     def __init__(self) -> None:
+        self.url = ""
         self.spans: dict[str, Any] = {}
+        self.all: list[Any] = []
         self.resource: dict[str, Any] = {}
         self.bodies: list[bytes] = []
         app = web.Application()
         app.router.add_post("/v1/traces", self._take)
         self.server = _Loopback(app, 0)
+
+    async def __aenter__(self) -> Receiver:
+        self.url = f"{await self.server.start()}/v1/traces"
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.server.stop()
 
     async def _take(self, request: web.Request) -> web.Response:
         body = await request.read()
@@ -63,20 +72,19 @@ class Receiver:
             self.resource = values(group.resource.attributes)
             for scope in group.scope_spans:
                 self.spans |= {span.name: span for span in scope.spans}
+                self.all += scope.spans
         return web.Response()
 
 
 @pytest.fixture
 async def receiver() -> AsyncIterator[Receiver]:
-    receiver = Receiver()
-    receiver.url = f"{await receiver.server.start()}/v1/traces"  # type: ignore[attr-defined]
-    yield receiver
-    await receiver.server.stop()
+    async with Receiver() as receiver:
+        yield receiver
 
 
 @pytest.fixture
 async def tracer(receiver: Receiver) -> AsyncIterator[Tracer]:
-    tracer = open_tracer(TracingSettings(endpoint=receiver.url, timeout=5))  # type: ignore[attr-defined]
+    tracer = open_tracer(TracingSettings(endpoint=receiver.url, timeout=5))
     assert tracer
     yield tracer
     await asyncio.to_thread(tracer.close)
@@ -163,7 +171,7 @@ async def test_a_trace_that_begins_here_has_no_parent_and_is_new_each_time(trace
 async def test_a_share_of_traces_is_recorded_unless_the_client_decides(
     receiver: Receiver, sample: float, flags: str
 ) -> None:
-    tracer = open_tracer(TracingSettings(endpoint=receiver.url, sample=sample))  # type: ignore[attr-defined]
+    tracer = open_tracer(TracingSettings(endpoint=receiver.url, sample=sample))
     assert tracer
     assert trace_of({}, tracer).split("-")[2] == flags
     for sent in ("00", "01"):

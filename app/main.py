@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app import api
+from app import api, embeddings, moderations
 from app.auth import Auth
 from app.backends import OpenAIBackend
 from app.desk import Courier
@@ -40,13 +40,21 @@ from app.settings import Settings
 from app.store import Conflict, NotFound, SpillFull, Store, StoreDown, StoreError
 from app.surfaces import Surface
 from app.surfaces.chat import Chat
+from app.surfaces.completions import Completions
+from app.surfaces.messages import Messages
+from app.surfaces.responses import Responses
 from app.traffic import Traffic
 from app.vault import SWEEP, open_vaults
 from guardrails import encoder
 
 REFRESH = 1.0
 """Seconds between two looks for policies that were activated elsewhere."""
-SURFACES: dict[str, Surface] = {"/v1/chat/completions": Chat()}
+SURFACES: dict[str, Surface] = {
+    "/v1/chat/completions": Chat(),
+    "/v1/completions": Completions(),
+    "/v1/responses": Responses(),
+    "/v1/messages": Messages(),
+}
 RETAIN = 3600.0
 """Seconds between two deletions of what is older than the settings keep it."""
 TEND = 5.0
@@ -63,7 +71,8 @@ def create_app(settings: Settings | None = None) -> Gateway:
     configure(settings.log_level)
     metrics = Metrics()
     app = Gateway(metrics, title="newel", lifespan=_lifespan(settings, metrics), openapi_url=None)
-    app.include_router(api.router)
+    for routes in (api.router, moderations.router, embeddings.router):
+        app.include_router(routes)
     for kind in (ApiError, StoreError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _failed)
     return app

@@ -75,7 +75,7 @@ class Service:
         return hmac.digest(self.secret, said, "sha256").hex()
 
     def salt(self, tenant: str) -> str:
-        """What keeps the prefix cache of an engine apart for a tenant; others would hear of it by the time that it takes."""
+        """What keeps a tenant's prefixes in an engine's cache apart: others would know of them by how fast they are."""
         found = self._salts.get(tenant)
         if found is None:
             found = self._salts[tenant] = hmac.digest(self.secret, f"cache\0{tenant}".encode(), "sha256").hex()

@@ -56,8 +56,8 @@ class Blocks:
     """The blocks of one reply, as its pieces come; each is open until the end.
 
     The last words of reasoning or of a text may come behind what follows them, since rules hold them back: they go to
-    the block that they belong to. No other block is filled between the pieces of a tool call, which clients put together
-    as they come: what comes meanwhile waits until the arguments are complete, or the reply is.
+    the block that they belong to. No other block is filled between the pieces of a tool call, which clients put
+    together as they come: what comes meanwhile waits until the arguments are complete, or the reply is.
     """
 
     __slots__ = ("_blocks", "_call", "_waiting")

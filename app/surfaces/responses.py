@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -23,7 +22,11 @@ TEXTS = ("input_text", "output_text", "text", "refusal")
 LOGPROBS = "message.output_text.logprobs"
 IDLE = ("max_tool_calls", "prompt_cache_retention", "truncation", "stream_options")
 """What is taken, because clients send it, and has no effect."""
-RESPONSE = re.compile(r"[\w-]{1,128}")
+SAME = (
+    *("model", "stream", "temperature", "top_p", "user", "safety_identifier", "parallel_tool_calls"),
+    *("store", "service_tier", "prompt_cache_key"),
+)
+"""What a chat completion has under the same name."""
 TRUNCATED, FILTERED = "max_output_tokens", "content_filter"
 
 
@@ -155,7 +158,7 @@ class ResponseRequest(Body):
     metadata: dict[str, str] | None = None
     user: str | None = None
     safety_identifier: str | None = None
-    previous_response_id: str | None = None
+    previous_response_id: None = None
     conversation: str | ConversationRef | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -180,19 +183,17 @@ class ResponseRequest(Body):
             raise ValueError("the last item must be the user's or the output of a tool, since it is what is answered")
         return items
 
-    @field_validator("previous_response_id")
+    @field_validator("previous_response_id", mode="before", json_schema_input_type=None)
     @classmethod
-    def _sane(cls, value: str | None) -> str | None:
-        if value is not None and not RESPONSE.fullmatch(value):
-            raise ValueError("it is no id of a response")
+    def _not_served(cls, value: object) -> object:
+        if value is not None:
+            raise ValueError("no response is gone on from; send the whole input again, which is recognised")
         return value
 
     @field_validator("conversation")
     @classmethod
-    def _one_way(cls, value: str | ConversationRef | None, info: Any) -> str | ConversationRef | None:
+    def _sane(cls, value: str | ConversationRef | None) -> str | ConversationRef | None:
         named = value.id if isinstance(value, ConversationRef) else value
-        if named is not None and info.data.get("previous_response_id"):
-            raise ValueError("send either it or 'previous_response_id'")
         if named is not None and not CONVERSATION.fullmatch(named):
             raise ValueError("a conversation id is 1 to 128 printable ASCII characters, without spaces")
         return value
@@ -210,9 +211,7 @@ class ResponseRequest(Body):
 
     def chat(self) -> dict[str, Any]:
         """The body of the chat completion that it becomes."""
-        same = ("model", "stream", "temperature", "top_p", "user", "safety_identifier", "parallel_tool_calls")
-        same += ("store", "service_tier", "prompt_cache_key")
-        out = {name: getattr(self, name) for name in same}
+        out = {name: getattr(self, name) for name in SAME}
         shape, named = self.text and self.text.format, self.conversation_id
         return out | {
             "messages": self._messages(),
@@ -254,9 +253,7 @@ class Responses:
 
     def read(self, body: bytes, key: Key, headers: Mapping[bytes, bytes]) -> ChatRequest:
         """The request; raises ApiError 400."""
-        asked = read(ResponseRequest, ResponseRequest.chat, body, key, headers, names=self._names, idle=IDLE)
-        asked._after = asked.origin.previous_response_id or ""
-        return asked
+        return read(ResponseRequest, ResponseRequest.chat, body, key, headers, names=self._names, idle=IDLE)
 
     def whole(self, exchange: Exchange, told: Sequence[Said]) -> bytes:
         """A response."""
@@ -319,7 +316,8 @@ class ResponseFrames:
             return b"".join(self._opened(block))
         if what == "close":
             return b"".join(self._closed(block))
-        kind, more = _writing(block), {"logprobs": []} if block.channel == CONTENT else {}
+        kind = _writing(block)
+        more: dict[str, Any] = {"logprobs": []} if block.channel == CONTENT else {}
         if more and self._exchange.asked.logprobs:
             more = {"logprobs": [orjson.Fragment(one) for one in block.logprobs[self._told(block) :]]}
         return self._event(f"{kind}.delta", **self._place(block), delta=text, **more)
@@ -390,7 +388,7 @@ def response(
         "model": exchange.turn.model,
         "output": items,
         "parallel_tool_calls": asked.parallel_tool_calls is not False,
-        "previous_response_id": asked.previous_response_id,
+        "previous_response_id": None,
         "conversation": {"id": exchange.turn.conversation} if asked.conversation_id else None,
         "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
         "store": True,

@@ -32,6 +32,8 @@ from guardrails.types import Message, Token, ToolMessage
 T = TypeVar("T")
 DONE = b"[DONE]"
 LATE = "The engine took too long to answer."
+LAST_WORDS = 1.0
+"""Seconds that an engine has to tell its token counts after it has finished."""
 MAX_ANSWER = 67_108_864
 """Bytes of a whole reply."""
 
@@ -88,13 +90,15 @@ class OpenAIBackend:
         async with self._asked(upstream, body, prompt, until) as response:
             finished = False
             async with aclosing(events(response.content.iter_any())) as source:
-                while (event := await _within(until, anext(source, DONE))) != DONE:
+                while (event := await _next(source, until, finished)) != DONE:
                     delta = read_chunk(event)
                     finished = finished or bool(delta.finish_reason)
                     speaking = speaking or delta.says
                     yield delta
-                    if speaking:
+                    if speaking and not finished:
                         until = min(over, clock() + self._timeouts.idle)
+                    elif finished:
+                        until = min(over, clock() + LAST_WORDS)
             if not finished:
                 raise BackendError("broken", "The engine broke off in the middle of its reply.")
 
@@ -220,6 +224,16 @@ async def answered(
     """The tokens of an engine's answer with their log-probabilities; raises BackendError, ValueError."""
     async with posted(session, upstream, path, body, until) as response:
         return tokens_of(orjson.loads(await _within(until, response.read())))
+
+
+async def _next(source: AsyncGenerator[bytes, None], until: float, finished: bool) -> bytes:
+    """The next event, or `[DONE]`; that is also what an engine means that is finished and says no more."""
+    try:
+        return await _within(until, anext(source, DONE))
+    except TimeoutError:
+        if not finished:
+            raise
+        return DONE
 
 
 async def _whole(response: aiohttp.ClientResponse) -> bytes:

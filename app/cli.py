@@ -127,8 +127,11 @@ def serve(
 def _config(app: ASGIApp, lifespan: Literal["on", "off"] = "on") -> uvicorn.Config:
     import uvicorn
 
+    from app.wire import Connection
+
     return uvicorn.Config(
         app,
+        http=Connection,
         log_config=None,
         access_log=False,
         ws="none",

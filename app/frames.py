@@ -17,6 +17,7 @@ from guardrails.types import Token
 Fault = Literal["unreachable", "busy", "rejected", "timeout", "broken"]
 MAX_CALLS = 128
 """Tool calls in one reply."""
+BYTE_ORDER_MARK = "\ufeff".encode()
 MAX_EVENT = 4_194_304
 """Bytes of one event; a token with its log-probabilities has some hundred."""
 TOP = frozenset(("id", "object", "created", "model", "choices", "usage", "error"))
@@ -104,13 +105,19 @@ class Delta:
 async def events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:
     """The data of each server-sent event, for any split of the bytes (WHATWG HTML, section 9.2.6).
 
-    Comments and other fields are skipped, data lines are joined by newlines, CR, LF and CRLF end a line. Raises
-    BackendError when one event grows beyond MAX_EVENT bytes. An event that the stream cuts off is dropped.
+    Comments and other fields are skipped, data lines are joined by newlines, CR, LF and CRLF end a line; a byte order
+    mark is skipped. Raises BackendError when one event grows beyond MAX_EVENT bytes. An event that the stream cuts off
+    is dropped.
     """
-    rest, after_cr = b"", False
+    rest, after_cr, mark = b"", False, BYTE_ORDER_MARK
     data: list[bytes] = []
     size = 0
     async for chunk in chunks:
+        if mark:
+            rest += chunk
+            if mark.startswith(rest):
+                continue
+            chunk, rest, mark = rest.removeprefix(mark), b"", b""
         text = chunk.removeprefix(b"\n") if after_cr else chunk  # the second half of a CRLF
         after_cr = chunk.endswith(b"\r") or (after_cr and not chunk)
         *lines, rest = (rest + text).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")

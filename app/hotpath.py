@@ -105,7 +105,18 @@ class _Client:
     When it does, the task of the request is cancelled, and with it the engine's work.
     """
 
-    __slots__ = ("_answering", "_receive", "_send", "_silence", "_soon", "_task", "_watching", "_wrote", "began", "gone")
+    __slots__ = (
+        "_answering",
+        "_receive",
+        "_send",
+        "_silence",
+        "_soon",
+        "_task",
+        "_watching",
+        "_wrote",
+        "began",
+        "gone",
+    )
 
     def __init__(self, receive: Receive, send: Send, silence: float):
         self._receive, self._send, self._silence = receive, send, silence

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from typing import Any
 
 import uvicorn
 
@@ -39,9 +40,35 @@ class Serving(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends both."""
         self._beside.should_exit = True
+        waiting = [one for listener in sockets or [] for one in _accepted(listener)]
+        for server in self.servers:
+            server.close()
+        loop = asyncio.get_running_loop()
+        for one in waiting:
+            await loop.connect_accepted_socket(self._protocol, one)
+        await asyncio.sleep(0.2)
         await super().shutdown(sockets)
+
+    def _protocol(self) -> asyncio.Protocol:
+        make: Any = self.config.http_protocol_class
+        made: asyncio.Protocol = make(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+        return made
 
     def handle_exit(self, sig: int, frame: object) -> None:
         """Passes a second Ctrl-C on, which does not wait."""
         super().handle_exit(sig, frame)  # type: ignore[arg-type]
         self._beside.force_exit = self.force_exit
+
+
+def _accepted(listener: socket.socket) -> list[socket.socket]:
+    """The connections that the kernel has made and nobody has taken yet; then it makes no more."""
+    found = []
+    listener.setblocking(False)
+    try:
+        while True:
+            one, _ = listener.accept()
+            one.setblocking(False)
+            found.append(one)
+    except BlockingIOError:
+        pass
+    return found

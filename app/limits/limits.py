@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Coroutine
 from itertools import count
 from secrets import token_hex
-from typing import Literal
+from typing import Any, Literal
 
 from app.errors import ApiError, unavailable
 from app.limits.ledger import NONE, REFUSALS, Caps, Hold, Ledger, LedgerDown, Standing, caps_of, day_of, month_of, nanos
@@ -62,7 +63,7 @@ class Limits:
         self._down_until, self._failing = 0.0, False
         self._known: dict[str, Standing] = {}
         self._owed: dict[str, tuple[Caps, int, int]] = {}
-        self._settling: dict[asyncio.Task[None], str] = {}
+        self._settling: dict[str, set[asyncio.Task[None]]] = {}
         self._name, self._count = token_hex(6), count()
 
     @staticmethod
@@ -84,8 +85,10 @@ class Limits:
         if not self.needed(key):
             return NOTHING
         caps, hold = caps_of(key.limits), Hold(f"{self._name}-{next(self._count)}", tokens, nanos(cost))
+        # noted before it is asked: what ends while the ledger's answer is on its way may not be in that answer
+        settling = tuple(self._settling.get(key.id, ()))
         asked = await self._ask(key.id, caps, hold)
-        if asked.standing.refused and (settling := [one for one, name in self._settling.items() if name == key.id]):
+        if asked.standing.refused and (settling := (*settling, *self._settling.get(key.id, ()))):
             await asyncio.wait(settling)  # less will be held when they are through
             asked = await self._ask(key.id, caps, hold)
         if not asked.standing.refused:
@@ -121,9 +124,13 @@ class Limits:
 
     async def close(self) -> None:
         """Waits for what is being settled, and closes the ledger."""
-        if self._settling:
-            await asyncio.wait(list(self._settling))
+        await self.settled()
         await self._ledger.close()
+
+    async def settled(self) -> None:
+        """Returns when all that was given to `settle` is through, or owed to a ledger that is down."""
+        while running := [one for tasks in self._settling.values() for one in tasks]:
+            await asyncio.wait(running)
 
     # --- the ledger, and what takes its place while it is down
 
@@ -131,7 +138,7 @@ class Limits:
         """What the ledger granted or refused; or this replica's share, while the ledger is down."""
         if not self._failing or self._may_try():
             try:
-                standing = await self._ledger.reserve(account, caps, hold)
+                standing = await self._granted(account, caps, hold)
             except LedgerDown as error:
                 self._failed(error)
             else:
@@ -143,6 +150,25 @@ class Limits:
         part = _part(caps, self._known.get(account), self._share)
         standing = await self._local.reserve(account, part, hold)
         return Reservation(account, part, caps, hold, standing, self._local)
+
+    async def _granted(self, account: str, caps: Caps, hold: Hold) -> Standing:
+        """What the ledger answers; whoever is cancelled before it has answered holds nothing for long."""
+        if isinstance(self._ledger, MemoryLedger):
+            return await self._ledger.reserve(account, caps, hold)
+        asking = asyncio.create_task(self._ledger.reserve(account, caps, hold))
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            self._spawn(account, self._give_back(asking, account, caps, hold))
+            raise
+
+    async def _give_back(self, asking: asyncio.Task[Standing], account: str, caps: Caps, hold: Hold) -> None:
+        try:
+            standing = await asking
+        except LedgerDown:
+            return  # its lease ends what was held all the same
+        if not standing.refused:
+            await self._settled(account, caps, hold, 0, 0)
 
     def _may_try(self) -> bool:
         """True for one caller each PAUSE."""
@@ -172,9 +198,18 @@ class Limits:
             self._charge(name, caps, Hold(f"{self._name}-owed", tokens, cost), tokens, cost)
 
     def _charge(self, account: str, caps: Caps, hold: Hold, tokens: int, cost: int) -> None:
-        task = asyncio.create_task(self._settled(account, caps, hold, tokens, cost))
-        self._settling[task] = account
-        task.add_done_callback(self._settling.pop)
+        self._spawn(account, self._settled(account, caps, hold, tokens, cost))
+
+    def _spawn(self, account: str, work: Coroutine[Any, Any, None]) -> None:
+        tasks, task = self._settling.setdefault(account, set()), asyncio.create_task(work)
+        tasks.add(task)
+
+        def ended(one: asyncio.Task[None]) -> None:
+            tasks.discard(one)
+            if not tasks and self._settling.get(account) is tasks:
+                del self._settling[account]
+
+        task.add_done_callback(ended)
 
     async def _settled(self, account: str, caps: Caps, hold: Hold, tokens: int, cost: int) -> None:
         """Settled with the ledger, or owed to it until it is back: then its hold expires by itself."""

@@ -13,13 +13,20 @@ import openai
 import pytest
 import pytest_asyncio
 from fastapi.routing import APIRoute
+from pydantic import BaseModel
 
-from app import admin, api
+from app.admin import create_admin_app
+from app.embeddings import EmbeddingRequest
 from app.frames import Fault
-from app.main import SURFACES
-from app.schemas import ChatRequest, FeedbackRequest, PolicyUpload, TicketAnswer
+from app.main import SURFACES, create_app
+from app.metrics import Metrics
+from app.moderations import ModerationRequest
+from app.schemas import ChatRequest, FeedbackRequest, PolicyChoice, PolicyUpload, TicketAnswer
+from app.surfaces.completions import CompletionRequest
+from app.surfaces.messages import MessageRequest
+from app.surfaces.responses import ResponseRequest
 from tests.fakes import FakeUpstream
-from tests.gateway import Gateway, running
+from tests.gateway import Gateway, running, settings
 
 Message = dict[str, Any]
 USER: Message = {"role": "user", "content": "Hello"}
@@ -342,29 +349,36 @@ async def test_a_fault_of_ours_is_a_500_in_openais_form_and_tells_nothing(
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-async def test_every_route_is_on_the_page_of_the_api_and_no_other() -> None:
+async def test_every_route_is_on_the_page_of_the_api_and_no_other(tmp_path: Path) -> None:
+    public = create_app(settings(tmp_path, "http://127.0.0.1:9/v1"))
     routes = {
         f"{method} {route.path.replace(':path', '')}"
-        for route in (*api.router.routes, *admin.router.routes)
+        for route in (*public.routes, *create_admin_app(public, Metrics()).routes)
         if isinstance(route, APIRoute)
         for method in route.methods
     }
     routes |= {f"POST {path}" for path in SURFACES}
-    assert len(routes) >= 15
+    assert len(routes) >= 20
     assert set(re.findall(r"^\| `((?:GET|POST) /[^`]*)`", (DOCS / "api.md").read_text(), re.MULTILINE)) == routes
+
+
+BODIES: tuple[type[BaseModel], ...] = (
+    *(ChatRequest, CompletionRequest, ResponseRequest, MessageRequest, ModerationRequest, EmbeddingRequest),
+    *(FeedbackRequest, TicketAnswer, PolicyUpload, PolicyChoice),
+)
 
 
 async def test_every_parameter_is_on_the_page_of_the_api() -> None:
     page = (DOCS / "api.md").read_text()
-    for model in (ChatRequest, FeedbackRequest, TicketAnswer, PolicyUpload):
+    for model in BODIES:
         names = [name for name in model.model_fields if not re.search(rf"[`\"]{name}\b", page)]
         assert names == [], model.__name__
 
 
 async def test_every_error_is_on_the_page_of_the_api() -> None:
-    source = "".join(path.read_text() for path in (Path(__file__).parents[2] / "app").glob("*.py"))
+    source = "".join(path.read_text() for path in (Path(__file__).parents[2] / "app").rglob("*.py"))
     codes = set(re.findall(r'code="(\w+)"', source)) | set(re.findall(r'unavailable\([^()]*?"(\w+)", \w+', source))
     codes |= {f"engine_{fault}" for fault in get_args(Fault)} - {"engine_rejected"}
     page = (DOCS / "api.md").read_text()
-    assert {"store_down", "invalid_value", "engine_not_ready"} <= codes
-    assert [code for code in sorted(codes - {"http_error"}) if f"`{code}`" not in page] == []
+    assert {"store_down", "invalid_value", "engine_not_ready", "insufficient_quota"} <= codes
+    assert [code for code in sorted(codes - {"http_error", "client_gone"}) if f"`{code}`" not in page] == []

@@ -270,8 +270,8 @@ async def test_who_hangs_up_while_claiming_leaves_the_key_free(database: Databas
     assert (await other.claim("acme", "key_1", name, "mac")).state == "new"
 
 
-async def test_without_a_database_no_key_is_claimed(tmp_path: Path, name: str) -> None:
-    database = database_of(f"sqlite:///{tmp_path}/nowhere/newel.db")
+async def test_without_a_database_no_key_is_claimed(name: str) -> None:
+    database = database_of("postgresql://newel@127.0.0.1:1/newel")
     keys = Idempotency(database, LEASE)
     with pytest.raises(StoreDown):
         await keys.claim("acme", "key_1", name, "mac")

@@ -47,15 +47,20 @@ PATIENCE = 10.0
 """Seconds for one answer on a machine that is busy with other tests."""
 
 
-@pytest.fixture(scope="module")
-def redis_server() -> Iterator[Server]:
-    """A running Redis; without its program tests are skipped, and in CI they fail."""
+def redis_program() -> str:
+    """Redis's program; without it tests are skipped, and in CI they fail."""
     if (found := program()) is None:
         reason = "no redis-server on this machine (Debian: apt-get install redis-server)"
         if os.environ.get("CI") == "true":
             pytest.fail(reason)
         pytest.skip(reason)
-    server = Server(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def redis_server() -> Iterator[Server]:
+    """A running Redis."""
+    server = Server(redis_program())
     try:
         server.start()
         yield server
@@ -110,7 +115,20 @@ def database_of(url: str) -> Database:
     return Database(database_url(url), Seals([b"0" * 64]))
 
 
-KINDS = ["memory", "redis", pytest.param("postgresql", marks=pytest.mark.postgres)]
+def shared_ledger(kind: str, url: str, lease: float = LEASE) -> tuple[Ledger, Database | None]:
+    """A replica's ledger, and the database to be closed after it."""
+    if kind == "redis":
+        return RedisLedger(url, lease, PATIENCE), None
+    database = database_of(url)
+    return PostgresLedger(database, lease, PATIENCE), database
+
+
+def url_of(kind: str, request: pytest.FixtureRequest) -> str:
+    return request.getfixturevalue("redis_server").url if kind == "redis" else request.getfixturevalue("postgres_url")
+
+
+SHARED = ["redis", pytest.param("postgresql", marks=pytest.mark.postgres)]
+KINDS = ["memory", *SHARED]
 
 
 @pytest.fixture(params=KINDS)
@@ -336,9 +354,9 @@ def close_to(one: Standing, other: Standing) -> bool:
     return same and abs(one.requests - other.requests) < 1e-4 and abs(one.tokens - other.tokens) < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["redis", pytest.param("postgresql", marks=pytest.mark.postgres)])
+@pytest.mark.parametrize("kind", SHARED)
 def test_the_ledgers_answer_alike(kind: str, request: pytest.FixtureRequest) -> None:
-    url = request.getfixturevalue("redis_server").url if kind == "redis" else request.getfixturevalue("postgres_url")
+    url = url_of(kind, request)
 
     @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(caps=st.builds(Caps, CAP, CAP, CAP, CAP), operations=OPERATIONS)
@@ -384,7 +402,7 @@ def test_however_requests_run_at_once_no_budget_is_passed(
     asyncio.run(race([MemoryLedger(LEASE)], budget, sizes, seed))
 
 
-@pytest.mark.parametrize("kind", ["redis", pytest.param("postgresql", marks=pytest.mark.postgres)])
+@pytest.mark.parametrize("kind", SHARED)
 async def test_however_requests_run_on_replicas_no_budget_is_passed(kind: str, request: pytest.FixtureRequest) -> None:
     databases: list[Database] = []
     if kind == "redis":
@@ -430,7 +448,7 @@ async def race(ledgers: list[Ledger], budget: int, sizes: list[tuple[int, float]
     await asyncio.gather(*(request(number, *size) for number, size in enumerate(sizes)))
     assert used <= budget
     for one in replicas:
-        await asyncio.gather(*one._settling)
+        await one.settled()
     left = budget - used
     if left:
         last = await replicas[0].reserve(key, left, left / 1e9)
@@ -488,9 +506,9 @@ def started(program: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("kind", ["redis", pytest.param("postgresql", marks=pytest.mark.postgres)])
+@pytest.mark.parametrize("kind", SHARED)
 async def test_processes_at_once_pass_no_budget(kind: str, request: pytest.FixtureRequest, account: str) -> None:
-    url = request.getfixturevalue("redis_server").url if kind == "redis" else request.getfixturevalue("postgres_url")
+    url = url_of(kind, request)
     budget = 2000
     processes = [started(WORKER, kind, url, account, str(seed), str(budget)) for seed in range(3)]
     assert [one.stdout.readline() for one in processes if one.stdout] == ["ready\n"] * 3
@@ -511,25 +529,28 @@ async def test_processes_at_once_pass_no_budget(kind: str, request: pytest.Fixtu
 KILLED = """
 import asyncio, sys
 from app.limits import Limits
-from app.limits.redis import RedisLedger
 from app.metrics import Metrics
 from app.records import Key, KeyLimits
-url, account = sys.argv[1:]
+from tests.app.test_limits import shared_ledger
+kind, url, account = sys.argv[1:]
 async def main():
     key = Key(account, "acme", "client", "nk", limits=KeyLimits(tokens_per_day=100))
-    await Limits(RedisLedger(url, 0.6, 5.0), Metrics(), 0.6).reserve(key, 100)
+    ledger, _ = shared_ledger(kind, url, 0.6)
+    await Limits(ledger, Metrics(), 0.6).reserve(key, 100)
     print("held", flush=True)
     await asyncio.sleep(60)
 asyncio.run(main())
 """
 
 
-async def test_what_a_killed_gateway_held_comes_back(redis_server: Server, account: str) -> None:
-    gateway = started(KILLED, redis_server.url, account)
+@pytest.mark.parametrize("kind", SHARED)
+async def test_what_a_killed_gateway_held_comes_back(kind: str, request: pytest.FixtureRequest, account: str) -> None:
+    url = url_of(kind, request)
+    gateway = started(KILLED, kind, url, account)
     assert gateway.stdout and gateway.stdout.readline() == "held\n"
     gateway.send_signal(signal.SIGKILL)
     gateway.communicate()
-    ledger = RedisLedger(redis_server.url, 0.6, PATIENCE)
+    ledger, database = shared_ledger(kind, url, 0.6)
     limits = Limits(ledger, Metrics(), 0.6)
     key = key_with(KeyLimits(tokens_per_day=100), account)
     with pytest.raises(ApiError, match="held by requests in flight"):
@@ -542,6 +563,8 @@ async def test_what_a_killed_gateway_held_comes_back(redis_server: Server, accou
             except ApiError:
                 await asyncio.sleep(0.1)
     await limits.close()
+    if database:
+        await database.close()
 
 
 # --- Limits: the fast path, settling, and a ledger that is down
@@ -612,6 +635,55 @@ async def test_a_refusal_waits_for_what_is_being_settled(redis_server: Server) -
     await limits.close()
 
 
+class Slow(Ledgers):
+    """A ledger that hears of a use when `hear` is set, and whose answers arrive when `arrive` is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hear, self.answered, self.arrive = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def reserve(self, account: str, caps: Caps, hold: Hold) -> Standing:
+        standing = await super().reserve(account, caps, hold)
+        self.answered.set()
+        await self.arrive.wait()
+        return standing
+
+    async def settle(self, account: str, caps: Caps, hold: Hold, tokens: int, nanos: int) -> None:
+        await self.hear.wait()
+        await super().settle(account, caps, hold, tokens, nanos)
+
+
+async def test_a_settling_that_ends_while_a_refusal_is_on_its_way_is_heard() -> None:
+    ledger, key = Slow(), key_with(KeyLimits(tokens_per_day=100))
+    limits = Limits(ledger, Metrics(), LEASE)
+    ledger.arrive.set()
+    first = await limits.reserve(key, 91)
+    ledger.arrive.clear()
+    ledger.answered.clear()
+    limits.settle(first, 1, 0)
+    second = asyncio.create_task(limits.reserve(key, 91))
+    await ledger.answered.wait()  # it is refused: the first is held
+    ledger.hear.set()
+    await limits.settled()
+    ledger.arrive.set()
+    assert isinstance(await second, Reservation)
+
+
+async def test_who_is_cancelled_while_the_ledger_is_asked_holds_nothing() -> None:
+    ledger, key = Slow(), key_with(KeyLimits(tokens_per_day=100))
+    limits = Limits(ledger, Metrics(), LEASE)
+    asking = asyncio.create_task(limits.reserve(key, 100))
+    await ledger.answered.wait()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert ledger.standing(key.id) == (0, 100)
+    ledger.arrive.set()
+    ledger.hear.set()
+    await limits.settled()
+    assert ledger.standing(key.id) == (0, 0)
+
+
 async def test_refusals_are_counted_by_what_was_full() -> None:
     metrics = Metrics()
     limits = Limits(MemoryLedger(LEASE), metrics, LEASE)
@@ -624,7 +696,7 @@ async def test_while_the_ledger_is_down_a_replica_grants_its_share_of_what_was_l
     ledger, metrics = Ledgers(), Metrics()
     limits, key = Limits(ledger, metrics, LEASE, share=0.25), key_with(KeyLimits(tokens_per_day=1000))
     limits.settle(await limits.reserve(key, 500), 200, 0)
-    await asyncio.gather(*limits._settling)
+    await limits.settled()
     running = await limits.reserve(key, 400)  # 200 used, 400 held: 400 left, and a quarter of it is 100
     ledger.down = True
     alone = await limits.reserve(key, 60)
@@ -636,10 +708,10 @@ async def test_while_the_ledger_is_down_a_replica_grants_its_share_of_what_was_l
     assert "newel_limits_down 1.0" in said
     limits.settle(alone, 50, 0)
     limits.settle(running, 300, 0)
-    await asyncio.gather(*limits._settling)
+    await limits.settled()
     ledger.down, limits._down_until = False, 0.0
     await limits.reserve(key, 1)
-    await asyncio.gather(*limits._settling)
+    await limits.settled()
     # what was used meanwhile is charged; the hold whose settling was not heard expires by itself
     assert ledger.standing(key.id) == (200 + 50 + 300, 400 + 1)
     assert "newel_limits_down 0.0" in metrics.render().decode()
@@ -678,16 +750,14 @@ async def test_who_prefers_it_is_refused_while_the_ledger_is_down() -> None:
 
 
 async def test_a_redis_that_is_gone_and_comes_back(account: str) -> None:
-    if (found := program()) is None:
-        pytest.skip("no redis-server on this machine")
-    server = Server(found)
+    server = Server(redis_program())
     metrics = Metrics()
     key = key_with(KeyLimits(tokens_per_day=1000), account)
     try:
         server.start()
         limits = Limits(RedisLedger(server.url, LEASE, 0.3), metrics, LEASE, share=0.5)
         limits.settle(await limits.reserve(key, 100), 100, 0)
-        await asyncio.gather(*limits._settling)
+        await limits.settled()
         server.freeze(True)
         began = asyncio.get_running_loop().time()
         alone = await limits.reserve(key, 400)
@@ -698,7 +768,7 @@ async def test_a_redis_that_is_gone_and_comes_back(account: str) -> None:
         server.freeze(False)
         limits._down_until = 0.0
         back = await limits.reserve(key, 1)
-        await asyncio.gather(*limits._settling)
+        await limits.settled()
         assert isinstance(back, Reservation)
         assert back.ledger is limits._ledger
         last = await limits.reserve(key, 1)
@@ -709,6 +779,19 @@ async def test_a_redis_that_is_gone_and_comes_back(account: str) -> None:
         await limits.close()
     finally:
         server.remove()
+
+
+@pytest.mark.parametrize("kind", ["redis", "postgresql"])
+async def test_a_ledger_that_is_not_there_is_down(kind: str, account: str, tmp_path: Path) -> None:
+    url = f"unix://{tmp_path}/nowhere" if kind == "redis" else "postgresql://newel@127.0.0.1:1/newel"
+    ledger, database = shared_ledger(kind, url)
+    with pytest.raises(LedgerDown):
+        await ledger.reserve(account, Caps(day=1), Hold("a", 1, 0))
+    with pytest.raises(LedgerDown):
+        await ledger.settle(account, Caps(day=1), Hold("a", 1, 0), 1, 0)
+    await ledger.close()
+    if database:
+        await database.close()
 
 
 async def test_a_redis_that_lost_its_scripts_is_told_them_again(redis_server: Server, account: str) -> None:

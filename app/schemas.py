@@ -314,7 +314,7 @@ class ChatRequest(Body):
             chosen = {"tool_choice": choice.model_dump() if isinstance(choice, Choose) else choice} if choice else {}
             out |= {"tools": tools} | chosen
         formats = [_read(one) for one in definitions if one.role == DEFINING[1]]
-        return out | ({"response_format": formats[0]} if formats else {}) | self.allowed
+        return out | ({"response_format": formats[0]} if formats else {}) | dict(self.allowed)
 
 
 def _json(value: object) -> str:

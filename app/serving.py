@@ -9,6 +9,10 @@ from typing import Any
 import uvicorn
 
 
+UNREAD = 0.2
+"""Seconds in which a connection that was just made brings its request: one that has none is closed after them."""
+
+
 class Serving(uvicorn.Server):
     """The service's server, which runs the operators' one beside it: one signal ends both.
 
@@ -38,7 +42,7 @@ class Serving(uvicorn.Server):
             self.lifespan.shutdown = when_both_have_drained
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Ends both."""
+        """Ends both; who has connected by then is answered."""
         self._beside.should_exit = True
         waiting = [one for listener in sockets or [] for one in _accepted(listener)]
         for server in self.servers:
@@ -46,7 +50,7 @@ class Serving(uvicorn.Server):
         loop = asyncio.get_running_loop()
         for one in waiting:
             await loop.connect_accepted_socket(self._protocol, one)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(UNREAD)
         await super().shutdown(sockets)
 
     def _protocol(self) -> asyncio.Protocol:

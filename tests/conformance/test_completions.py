@@ -25,7 +25,9 @@ async def complete(gateway: Gateway, stream: bool, prompt: Any = "Hello", **more
             whole = await client.completions.create(model="fake", prompt=prompt, **more)
             told = whole.choices[0]
             return told.text, told.finish_reason, (whole.model_extra or {})["guardrails"]
-        chunks = [one async for one in await client.completions.create(model="fake", prompt=prompt, stream=True, **more)]
+        chunks = [
+            one async for one in await client.completions.create(model="fake", prompt=prompt, stream=True, **more)
+        ]
     text = "".join(choice.text for chunk in chunks for choice in chunk.choices)
     last = next(chunk for chunk in reversed(chunks) if chunk.choices)
     return text, last.choices[0].finish_reason, (last.model_extra or {})["guardrails"]

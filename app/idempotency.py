@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from secrets import token_hex
 from typing import Any, Literal
 
-from app.errors import ApiError
+from app.errors import ApiError, unavailable
+from app.logs import event
 from app.store import idempotency as rows
 from app.store.database import Database
-from app.store.errors import StoreError
+from app.store.errors import StoreDown, StoreError
 from app.store.idempotency import Slot
 
 TTL = 86_400.0
@@ -64,7 +66,7 @@ class Idempotency:
         """The claim of `idempotency_key`; fingerprint is an HMAC of the request's body.
 
         Raises ApiError 422 where the key came with another body, 409 where the request is still running after `wait`
-        seconds, and StoreDown: who sends such a key must not be answered twice.
+        seconds, 503 `store_down` without the database: who sends such a key must not be answered twice.
         """
         slot = Slot(tenant, key_id, hashlib.sha256(idempotency_key.encode("utf-8", "surrogatepass")).hexdigest())
         owner, until, pause = token_hex(8), time.monotonic() + self._wait, FIRST_LOOK
@@ -85,17 +87,25 @@ class Idempotency:
     async def complete(self, claim: Claim, turn: str) -> bool:
         """True when all replicas answer the key with this turn from now on; False when the lease had ended before.
 
-        To be awaited before the answer's last piece is sent. Raises StoreDown; the key is then free after its lease.
+        To be awaited before the answer's last piece is sent. Raises ApiError 503 `store_down`; the key is then free
+        after its lease.
         """
         try:
             return await self._db.write(lambda connection: rows.complete(connection, claim.slot, claim.owner, turn))
+        except StoreDown as error:
+            raise _down() from error
         finally:
             self._end(claim)
 
     async def abandon(self, claim: Claim) -> None:
-        """Gives the key up after a failure that told the client nothing: the next request with it is a new one."""
+        """Gives the key up after a failure that told the client nothing: the next request with it is a new one.
+
+        Without the database its lease ends it; that is no reason to tell the client of another failure than the first.
+        """
         try:
             await self._db.write(lambda connection: rows.abandon(connection, claim.slot, claim.owner))
+        except StoreError as error:
+            event("idempotency_key_not_freed", logging.WARNING, kind=type(error).__name__)
         finally:
             self._end(claim)
 
@@ -119,8 +129,10 @@ class Idempotency:
         except asyncio.CancelledError:  # the client is gone, and nobody will end what may be claimed all the same
             self._spawn(self._give_back(asked, Claim(slot, owner, "new")))
             raise
-        except BaseException:
+        except BaseException as error:
             self._forget(slot, running)
+            if isinstance(error, StoreDown):
+                raise _down() from error
             raise
         if found.outcome == "new":
             running.claimed = True
@@ -164,6 +176,10 @@ async def _pause(seconds: float, mine: _Running | None) -> None:
             await mine.ended.wait()
     except TimeoutError:
         pass
+
+
+def _down() -> ApiError:
+    return unavailable("The Idempotency-Key cannot be looked up just now; try again in a while.", "store_down", 5)
 
 
 def _reused() -> ApiError:

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from app import api, embeddings, moderations
+from app import api, embeddings, moderations, openapi
 from app.auth import Auth
 from app.backends import OpenAIBackend
 from app.desk import Courier
@@ -71,7 +71,7 @@ def create_app(settings: Settings | None = None) -> Gateway:
     configure(settings.log_level)
     metrics = Metrics()
     app = Gateway(metrics, title="newel", lifespan=_lifespan(settings, metrics), openapi_url=None)
-    for routes in (api.router, moderations.router, embeddings.router):
+    for routes in (api.router, moderations.router, embeddings.router, openapi.router):
         app.include_router(routes)
     for kind in (ApiError, StoreError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _failed)

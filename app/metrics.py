@@ -122,7 +122,7 @@ class Metrics:
             self._of(self.hits, policy, stage, hit.rule, action, hit.mode).inc()
             if hit.broken:
                 self._of(self.broken, policy, hit.rule, action).inc()
-            if hit.mode == "shadow" and hit.action and hit.action > Action[turn.action.upper()]:
+            if hit.mode == "shadow" and hit.action > Action[turn.action.upper()]:
                 self._of(self.shadow, policy, stage, hit.rule, action).inc()
 
     def _time(self, turn: Turn, steps: Steps | None) -> None:

@@ -19,8 +19,9 @@ from sqlalchemy import text, update
 from app.errors import ApiError
 from app.idempotency import Claim, Idempotency
 from app.records import now
-from app.store import StoreDown, migrate, tables
+from app.store import migrate, tables
 from app.store.database import Database
+from app.store.idempotency import Slot
 from tests.app.test_limits import database_of
 
 LEASE = 600.0
@@ -270,11 +271,15 @@ async def test_who_hangs_up_while_claiming_leaves_the_key_free(database: Databas
     assert (await other.claim("acme", "key_1", name, "mac")).state == "new"
 
 
-async def test_without_a_database_no_key_is_claimed(name: str) -> None:
+async def test_without_a_database_no_key_is_claimed_or_answered(name: str) -> None:
     database = database_of("postgresql://newel@127.0.0.1:1/newel")
     keys = Idempotency(database, LEASE)
-    with pytest.raises(StoreDown):
-        await keys.claim("acme", "key_1", name, "mac")
+    claim = Claim(Slot("acme", "key_1", "hash"), "owner", "new")
+    for call in (keys.claim("acme", "key_1", name, "mac"), keys.complete(claim, "chatcmpl-1")):
+        with pytest.raises(ApiError) as error:
+            await call
+        assert (error.value.status, error.value.code, error.value.retry_after) == (503, "store_down", 5)
+    await keys.abandon(claim)  # its lease ends it
     assert not keys._running
     await database.close()
 

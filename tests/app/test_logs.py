@@ -108,10 +108,34 @@ def test_lines_that_a_closed_loop_left_are_written_with_the_next(started: Start)
     async def work() -> None:
         event("one")
 
+    async def work_on() -> None:
+        await work()
+        async with asyncio.timeout(5):
+            while not stream.getvalue():
+                await asyncio.sleep(DELAY / 5)
+
     asyncio.run(work())
-    asyncio.run(work())
-    logging.shutdown([lambda: log.handlers[0]])
+    asyncio.run(work_on())
     assert [line["event"] for line in read(stream)] == ["one", "one"]
+
+
+async def test_what_waits_is_written_when_the_process_ends(started: Start) -> None:
+    stream = started()
+    event("one")
+    logging.shutdown([lambda: log.handlers[0]])
+    assert [line["event"] for line in read(stream)] == ["one"]
+
+
+async def test_who_listens_further_up_gets_records(started: Start) -> None:
+    started()
+    seen: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = seen.append  # type: ignore[method-assign]
+    logging.getLogger().addHandler(listener)
+    log.propagate = True
+    event("one")
+    logging.getLogger().removeHandler(listener)
+    assert [record.getMessage() for record in seen] == ["one"]
 
 
 async def test_a_line_reads_the_same_whichever_way_it_went(started: Start) -> None:

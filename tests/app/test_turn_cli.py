@@ -111,7 +111,7 @@ def test_the_cost_is_by_the_prices_of_the_model(home: Path, explain: Explain) ->
 def test_other_replies_to_the_same_request_are_named_and_nothing_else_of_the_conversation(
     home: Path, explain: Explain
 ) -> None:
-    turn = finished(begun("acme"))
+    turn = finished(begun("acme", retry_of="1"))
     second = replace(turn, id=f"{turn.id}-1", choice=1, action="allow", rule="", error="engine_timeout")
     later = replace(turn, id=new_id("chatcmpl-"), asked="And now?")
     put(home, turn, second, later)

@@ -1,4 +1,4 @@
-"""OpenAI's responses through the gateway with the real SDK: typed events, tools, refusals, and conversations of ours."""
+"""OpenAI's responses through the gateway with the real SDK: typed events, tools, refusals, and our conversations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.fakes import FakeUpstream, Script
 from tests.gateway import BOMB, CRISIS, SALARY, Gateway
 
 TOOLS: Any = [{"type": "function", "name": name, "parameters": {"type": "object"}} for name in ("send", "find")]
-STOPPED = ["First ", "mix the ", "grey ", "powder", " with oil", " and light it."]
+STOPPED: list[str | float] = ["First ", "mix the ", "grey ", "powder", " with oil", " and light it."]
 both = pytest.mark.parametrize("stream", [False, True])
 
 
@@ -51,7 +51,7 @@ async def test_an_ordinary_question_is_helped(gateway: Gateway, upstream: FakeUp
     asked = {"instructions": "Be brief.", "temperature": 0.5, "max_output_tokens": 40, "metadata": {"a": "b"}}
     response, _ = await ask(gateway, stream, **asked)
     assert (response.output_text, response.status, response.incomplete_details) == ("Hello there.", "completed", None)
-    assert response.object == "response" and response.id == guardrails(response)["id"]
+    assert (response.object, response.id) == ("response", guardrails(response)["id"])
     assert (response.instructions, response.temperature, response.metadata) == ("Be brief.", 0.5, {"a": "b"})
     assert response.usage and response.usage.total_tokens == response.usage.input_tokens + 3
     body = upstream.seen[0].body

@@ -22,12 +22,16 @@ SEALING = 3
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The verdict on what is asked, the conversation as the model may see it, what placeholders in it stand for."""
+    """The verdict on what is asked, the conversation as the model may see it, what placeholders in it stand for.
+
+    seconds: how long it was judged.
+    """
 
     judging: Judging
     verdict: Verdict
     seen: tuple[Message, ...]
     vault: Vault
+    seconds: float = 0.0
 
     @property
     def context(self) -> Context:
@@ -40,8 +44,9 @@ async def judged(service: Service, policy: Policy, turn: Turn, thread: Thread) -
     """What is asked, judged and noted on the turn; a value of the vault is kept nowhere else, withheld or not."""
     began = time.perf_counter()
     asked = await _sealed(service, policy, turn, thread)
+    asked = replace(asked, seconds=time.perf_counter() - began)
     verdict = asked.verdict
-    service.metrics.guarded("input", time.perf_counter() - began)
+    service.metrics.guarded("input", asked.seconds)
     if thread.forged:
         service.metrics.forged.inc()
         place = Hit("conversation-record", Action.ALLOW, "enforce", (Finding("forged_history", 0, 0),))

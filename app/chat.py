@@ -22,6 +22,7 @@ from app.speculate import merged, speculated
 from app.store import StoreError
 from app.telling import Said, Telling
 from app.thread import recall
+from app.tracing import trace_id, traced
 from guardrails.engine import judge
 from guardrails.types import Context, Message, Policy, Verdict
 
@@ -162,17 +163,20 @@ async def _spoken(
             turns.append(replace(turn, id=f"{turn.id}-{place}", choice=place, input=None))
             replies.append(telling(turns[-1]))
             await _begin(service, tenant, turns[-1])
-        said = merged([_told(service, one, _seeded(prompt, one.turn.choice), verdict) for one in replies])
+        said = merged([_told(service, one, _of_its_own(service, prompt, one.turn), verdict) for one in replies])
     async with aclosing(said) as pieces:
         async for piece in pieces:
             yield piece
 
 
-def _seeded(prompt: Prompt, place: int) -> Prompt:
+def _of_its_own(service: Service, prompt: Prompt, turn: Turn) -> Prompt:
     """The prompt of another reply: with a seed of its own, or a seed would make all of them the same."""
-    if not place or "seed" not in prompt.sampling:
+    if not turn.choice:
         return prompt
-    return replace(prompt, sampling={**prompt.sampling, "seed": prompt.sampling["seed"] + place})
+    sampling = dict(prompt.sampling)
+    if "seed" in sampling:
+        sampling["seed"] += turn.choice
+    return replace(prompt, sampling=sampling, headers=service.marks(turn))
 
 
 async def _speculated(
@@ -222,8 +226,10 @@ async def _close(service: Service, reply: Telling, error: str = "") -> None:
         return
     reply.end(error)
     turn = reply.turn
-    service.metrics.count(turn)
+    service.metrics.count(turn, reply.steps)
     _log(turn)
+    if service.tracer and turn.trace:
+        traced(service.tracer, turn, reply.request, reply.steps, service.fleet.snapshot)
     if turn.ticket or reply.news or not service.store.writer.delay:
         await asyncio.shield(service.spawn(_kept(service, turn, [ticket.id for ticket in reply.news])))
     else:
@@ -257,6 +263,7 @@ def _log(turn: Turn) -> None:
         tokens=turn.completion_tokens,
         first_token_ms=turn.first_token_ms,
         total_ms=turn.total_ms,
+        trace=trace_id(turn.trace),
     )
 
 

@@ -43,6 +43,7 @@ from app.surfaces.chat import Chat
 from app.surfaces.completions import Completions
 from app.surfaces.messages import Messages
 from app.surfaces.responses import Responses
+from app.tracing import open_tracer
 from app.traffic import Traffic
 from app.vault import SWEEP, open_vaults
 from guardrails import encoder
@@ -124,8 +125,10 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     limits = open_limits(settings, store.database, metrics)
     idempotency = Idempotency(store.database, settings.total_timeout + SPARE)
     traffic = Traffic(fleet, limits, settings.total_timeout, settings.max_tokens)
+    if tracer := open_tracer(settings.tracing):
+        stack.push_async_callback(asyncio.to_thread, tracer.close)
     service = Service(
-        settings, secret, store, policies, engine, fleet, auth, traffic, idempotency, metrics, judges, vaults
+        settings, secret, store, policies, engine, fleet, auth, traffic, idempotency, metrics, judges, vaults, tracer
     )
     for closing in (auth.close, limits.close, idempotency.close, fleet.close):
         stack.push_async_callback(closing)

@@ -18,6 +18,7 @@ from app.metrics import Metrics
 from app.records import new_id
 from app.service import Service
 from app.surfaces import Surface
+from app.tracing import Tracer, answered, served, trace_of
 
 SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -44,21 +45,24 @@ class RequestContext:
         request_id = _request_id(scope)
         scope.setdefault("state", {})["request_id"] = request_id
         started, status = time.perf_counter(), 0
+        surface = self._surfaces.get(scope["path"])
+        tracer = self._service().tracer if surface and self._service else None
+        call = _call(scope, request_id, tracer)
+        about = [(b"x-request-id", request_id.encode()), *answered(call.trace)]
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message["headers"], *about]
             await send(message)
 
-        surface = self._surfaces.get(scope["path"])
         self.metrics.in_flight.inc()
         try:
             if surface and scope["method"] != "POST":
                 await _only_post(scope).response(scope, receive, send_with_id)
             elif surface and self._service:
-                await serve(self._service(), surface, _call(scope, request_id), receive, send_with_id)
+                await serve(self._service(), surface, call, receive, send_with_id)
             else:
                 await self.app(scope, receive, send_with_id)
         except Exception as error:
@@ -70,6 +74,9 @@ class RequestContext:
             self.metrics.in_flight.dec()
             route = scope["path"] if surface else getattr(scope.get("route"), "path", "none")
             self.metrics.answered(route, status or 499)
+            if tracer:
+                seconds = time.perf_counter() - started
+                served(tracer, call.trace, request_id, scope["method"], route, status or 499, seconds)
             if log.isEnabledFor(logging.INFO):
                 elapsed = round((time.perf_counter() - started) * 1000, 2)
                 event("request", id=request_id, method=scope["method"], route=route, status=status or 499, ms=elapsed)
@@ -80,9 +87,10 @@ def _only_post(scope: Scope) -> ApiError:
     return ApiError(405, message, code="method_not_allowed", headers={"allow": "POST"})
 
 
-def _call(scope: Scope, request_id: str) -> Call:
+def _call(scope: Scope, request_id: str, tracer: Tracer | None) -> Call:
     headers = dict(reversed(scope["headers"]))
-    return Call(headers, scope["headers"], request_id, scope["client"][0] if scope.get("client") else "")
+    peer = scope["client"][0] if scope.get("client") else ""
+    return Call(headers, scope["headers"], request_id, peer, trace_of(headers, tracer))
 
 
 def _request_id(scope: Scope) -> str:

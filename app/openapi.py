@@ -99,7 +99,7 @@ def _rendered() -> bytes:
 
 def document() -> Json:
     """The public routes with what is sent to them and comes of it."""
-    models = [Error, MessagesError, *(one for one, _ in BODIES.values()), *ANSWERS.values()]
+    models: list[type[BaseModel]] = [Error, MessagesError, *(one for one, _ in BODIES.values()), *ANSWERS.values()]
     _, told = models_json_schema([(one, "validation") for one in models], ref_template="#/components/schemas/{model}")
     paths = {path: {"post": _post(path)} for path in BODIES}
     paths |= {path: {"get": _get(path)} for path in SAYS if path not in BODIES}

@@ -105,7 +105,7 @@ class Turn:
     compared with what is on record of the parent, and what differs is stored with the turn. release: which release of
     the model answered. surface: the API that was used (chat, completions, responses, messages). priority: the class of
     the request. trace: the id of its trace. choice: which one of n choices; siblings share the prefix of the id.
-    cached_tokens: how many of the prompt's tokens the engine had read before.
+    cached_tokens: how many of the prompt's tokens the engine had read before. guard_*_ms: how long a side was judged.
     """
 
     id: str
@@ -145,6 +145,8 @@ class Turn:
     trace: str = ""
     choice: int = 0
     cached_tokens: int = 0
+    guard_input_ms: float | None = None
+    guard_output_ms: float | None = None
     created_at: datetime = field(default_factory=now)
 
     @property

@@ -20,6 +20,7 @@ from app.policies import PolicyBook
 from app.records import Turn
 from app.settings import Settings
 from app.store import Store
+from app.tracing import Tracer, passed_on
 from app.vault import Vaults
 from guardrails.types import Message, ToolMessage
 
@@ -46,6 +47,7 @@ class Service:
     metrics: Metrics
     judges: GuardModels
     vaults: Vaults
+    tracer: Tracer | None = None
     started: int = field(default_factory=lambda: int(time.time()))
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _salts: dict[str, str] = field(default_factory=dict)
@@ -87,7 +89,7 @@ class Service:
 
     def marks(self, turn: Turn) -> dict[str, str]:
         """The headers that tell an engine which request it works for."""
-        return {"x-request-id": turn.request_id}
+        return {"x-request-id": turn.request_id, **passed_on(turn)}
 
     def pseudonym(self, tenant: str, person: str) -> str:
         """What stands for a person in the store."""

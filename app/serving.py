@@ -8,7 +8,6 @@ from typing import Any
 
 import uvicorn
 
-
 UNREAD = 0.2
 """Seconds in which a connection that was just made brings its request: one that has none is closed after them."""
 

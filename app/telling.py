@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -22,6 +22,7 @@ from app.schemas import ChatRequest
 from app.service import Service
 from app.store import StoreDown
 from app.thread import Thread
+from app.tracing import Steps
 from guardrails.arguments import plain
 from guardrails.conversation import appended
 from guardrails.reply import ARGUMENTS, CONTENT, REASONING, Piece, Reply
@@ -74,7 +75,8 @@ class Telling:
         self._lead = f"{thread.greeting}\n\n" if thread.news else ""
         self._said: list[str] = []
         self._outlets: dict[str, _Outlet] = {}
-        self._values, self._request = asked.vault.values, request
+        self._values, self.request = asked.vault.values, request
+        self.steps = Steps(guard_input=asked.seconds)
         self._reply = Reply(
             policy.output,
             asked.context,
@@ -106,7 +108,7 @@ class Telling:
     def _outlet(self, channel: str) -> _Outlet:
         if channel not in self._outlets:
             calls = sum(name.startswith(ARGUMENTS) for name in self._outlets)
-            in_json = channel.startswith(ARGUMENTS) or (channel == CONTENT and self._request.structured)
+            in_json = channel.startswith(ARGUMENTS) or (channel == CONTENT and self.request.structured)
             self._outlets[channel] = _Outlet(Restorer(self._values, json=in_json), calls)
         return self._outlets[channel]
 
@@ -133,14 +135,14 @@ class Telling:
         Where JSON was asked for, and none was said, it is a refusal: a client would read anything else as JSON. Raises
         ApiError 400 in place of a refusal where the client has asked for errors.
         """
-        turn, mode = self.turn, self._request.block_mode
+        turn, mode = self.turn, self.request.block_mode
         turn.action, turn.rule = verdict.action.word, verdict.rule
         refused = verdict.action is Action.REFUSE
         if refused and mode == "error":
             raise ApiError(400, verdict.text, code="content_filter", param="messages")
         turn.finish_reason = "content_filter" if refused and mode != "stop" else "stop"
         reference = f"\n\n{await self._hand_over(verdict)}" if verdict.action is Action.ESCALATE else ""
-        as_refusal = (self._request.structured or (refused and mode == "refusal")) and not "".join(self._said)
+        as_refusal = (self.request.structured or (refused and mode == "refusal")) and not "".join(self._said)
         turn.finish_reason = "stop" if as_refusal else turn.finish_reason
         told = [self._say(lead + verdict.text + reference), self._rest(CONTENT)]
         return [replace(one, channel=REFUSAL) for one in told] if as_refusal else told
@@ -167,44 +169,58 @@ class Telling:
             await self._complete(prompt)
             return
         tokens, limit = 0, math.inf if "max_tokens" in prompt.sampling else self._service.settings.max_tokens
-        trail = Trail()
-        asked = self._service.fleet.stream(prompt, self._release, self._affinity(prompt), trail)
-        async with aclosing(asked) as deltas:
-            async for delta in deltas:
-                self._note(delta)
-                if not delta.says:
-                    continue
-                tokens += 1
-                pieces = await self._settled(delta)
-                first = [self._say("")] if tokens == 1 else []
-                for said in self._with_more([*first, *self._give(pieces)]):
-                    yield said
-                if self._reply.stopped:
-                    break
-                if tokens >= limit:
-                    self.turn.finish_reason = "length"
-                    break
-        self._answered_by(trail)
+        steps, clock = self.steps, time.perf_counter
+        with self._asking() as trail:
+            asked = self._service.fleet.stream(prompt, self._release, self._affinity(prompt), trail)
+            since = clock()
+            async with aclosing(asked) as deltas:
+                async for delta in deltas:
+                    steps.waited, since = steps.waited + clock() - since, clock()
+                    self._note(delta)
+                    if not delta.says:
+                        continue
+                    tokens += 1
+                    pieces = await self._settled(delta)
+                    first = [self._say("")] if tokens == 1 else []
+                    for said in self._with_more([*first, *self._give(pieces)]):
+                        yield said
+                    if self._reply.stopped:
+                        break
+                    if tokens >= limit:
+                        self.turn.finish_reason = "length"
+                        break
+                    since = clock()
         self.turn.completion_tokens = self.turn.completion_tokens or tokens  # a stopped engine counts no more
 
     async def _complete(self, prompt: Prompt) -> None:
         """Has the reply made in one piece. One that names no limit has ours, unless that does not fit behind the
         prompt: then the engine's own, which is lower."""
-        fleet, affinity, trail = self._service.fleet, self._affinity(prompt), Trail()
+        fleet, affinity, began = self._service.fleet, self._affinity(prompt), time.perf_counter()
         limited = {"max_tokens": self._service.settings.max_tokens, **prompt.sampling}
-        try:
-            delta = await fleet.complete(replace(prompt, sampling=limited), self._release, affinity, trail)
-        except BackendError as error:
-            if error.code != "context_length_exceeded" or "max_tokens" in prompt.sampling:
-                raise
-            delta = await fleet.complete(prompt, self._release, affinity, trail)
-        self._answered_by(trail)
+        with self._asking() as trail:
+            try:
+                delta = await fleet.complete(replace(prompt, sampling=limited), self._release, affinity, trail)
+            except BackendError as error:
+                if error.code != "context_length_exceeded" or "max_tokens" in prompt.sampling:
+                    raise
+                delta = await fleet.complete(prompt, self._release, affinity, trail)
+            finally:
+                self.steps.waited += time.perf_counter() - began
         self._note(delta)
         await self._settled(delta)
 
-    def _answered_by(self, trail: Trail) -> None:
-        if trail.release:
-            self.turn.release = trail.release.name
+    @contextmanager
+    def _asking(self) -> Iterator[Trail]:
+        """The trail of a request to the engines, to be noted however it ends."""
+        steps, trail = self.steps, Trail()
+        steps.asked = time.perf_counter() - self._started
+        try:
+            yield trail
+        finally:
+            steps.answered = time.perf_counter() - self._started
+            steps.engine, steps.tries = trail.engine, trail.tries
+            if trail.release:
+                steps.pool, self.turn.release = trail.release.pool, trail.release.name
 
     def _affinity(self, prompt: Prompt) -> str:
         return affinity_of(self.turn.tenant, prompt.messages)
@@ -247,7 +263,8 @@ class Telling:
         turn, reply = self.turn, self._reply
         began = time.perf_counter()
         last, verdict = await reply.finish()
-        self._service.metrics.guarded("output", self._judging + time.perf_counter() - began)
+        self.steps.guard_output = self._judging + time.perf_counter() - began
+        self._service.metrics.guarded("output", self.steps.guard_output)
         turn.output = verdict
         turn.withheld_said = reply.withheld if verdict.action >= Action.REDACT else ""
         if verdict.action.stops:
@@ -263,7 +280,7 @@ class Telling:
 
     def _ending(self, asked: Verdict, verdict: Verdict) -> str:
         """The lines that rules add to what is said; JSON has none, nor has a reply that only calls tools."""
-        if self._request.structured or (self._reply.called and not verdict.kept.strip()):
+        if self.request.structured or (self._reply.called and not verdict.kept.strip()):
             return ""
         lines = [line for line in appended(self._policy.input, asked) if line not in verdict.closing]
         return verdict.closing + "".join(f"\n\n{line}" for line in lines)
@@ -277,6 +294,8 @@ class Telling:
         if turn.streamed or (turn.output and not turn.output.action.stops and not error):
             turn.reasoning = reply.released(REASONING)
             turn.calls = tuple(self._call(channel, reply.released(channel)) for channel in reply.called)
+        turn.guard_input_ms = round(self.steps.guard_input * 1000, 3) if turn.input else None
+        turn.guard_output_ms = round(self.steps.guard_output * 1000, 3) if turn.output else None
         turn.total_ms = self._elapsed()
         if turn.output is None:
             turn.withheld_said = reply.withheld

@@ -13,8 +13,8 @@ from app.store.errors import StoreError
 SWEEP = 3600.0
 """Seconds between two looks for accounts that nobody uses."""
 AT_ONCE = 6
-"""Calls at once of a replica. More of them would wait for each other's rows with connections in their hands, leave the
-store none, and have the pool open and close one for each call, which costs ten times what the call does."""
+"""Calls at once of a replica. More of them are not faster, and those that wait for the row of one account would have the
+connections in their hands that the store needs."""
 
 
 class PostgresLedger:

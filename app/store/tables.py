@@ -157,6 +157,8 @@ turns = Table(
     _text("trace", null=True),
     Column("choice", Integer, nullable=True),
     Column("cached_tokens", Integer, nullable=True),
+    Column("guard_input_ms", Float, nullable=True),
+    Column("guard_output_ms", Float, nullable=True),
     _time("created_at"),
     _time("finished_at", null=True),
     ForeignKeyConstraint(["tenant", "conversation"], ["conversations.tenant", "conversations.id"]),

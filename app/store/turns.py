@@ -37,6 +37,7 @@ _COLUMNS = (
     *("output_action", "output_rule", "output_route", "action", "rule", "finish_reason", "error", "ticket"),
     *("prompt_tokens", "completion_tokens", "first_token_ms", "total_ms", "head_hash", "tail_hash", "retry_of"),
     *("parent", "linked", "release", "surface", "priority", "trace", "choice", "cached_tokens"),
+    *("guard_input_ms", "guard_output_ms"),
     *("created_at", "finished_at"),
 )
 _OPEN = Bulk(tables.turns, _COLUMNS)
@@ -147,6 +148,7 @@ def _row(turn: Turn, history: str, linked: bool, began: str, at: str | None) -> 
         *(of(turn.head_hash), of(turn.tail_hash), of(turn.retry_of)),
         *(of(turn.parent) or None, linked or None, of(turn.release) or None, of(turn.surface)),
         *(of(turn.priority), of(turn.trace) or None, turn.choice, turn.cached_tokens),
+        *(turn.guard_input_ms, turn.guard_output_ms),
         *(began, at),
     )
 

@@ -83,6 +83,8 @@ def test_both_sides_are_told_with_who_decided_and_how_long_it_took(home: Path, e
         "retry of: 2",
         "first token ms: 41.5",
         "total ms: 120.25",
+        "guard input ms: 2.5",
+        "guard output ms: 3.75",
         "token ms: 7.159",
         "prompt tokens: 31",
         "completion tokens: 12",

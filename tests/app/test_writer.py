@@ -696,6 +696,7 @@ async def test_turns_of_an_earlier_version_are_read_and_continued(
         own = request.getfixturevalue("cluster").create_database(new_id("old_"))
     await as_it_was(own, "0004")
     old = replace(finished(begun("acme"), input=None, output=None), history=exchanges(0, 3))
+    old = replace(old, guard_input_ms=None, guard_output_ms=None)
     await insert_old(own, old)
     opened = await Store.open(own, tmp_path / "old-spill")
     try:
@@ -713,7 +714,7 @@ async def test_turns_of_an_earlier_version_are_read_and_continued(
 async def insert_old(url: str, turn: Turn) -> None:
     """Inserts the turn as the version before histories were shared did."""
     names = set(turn.__slots__) - {"parent", "release", "surface", "priority", "trace", "choice", "cached_tokens"}
-    names -= {"withheld_asked", "withheld_said", "input", "output"}
+    names -= {"guard_input_ms", "guard_output_ms", "withheld_asked", "withheld_said", "input", "output"}
     kinds = {"history": JSON, "calls": JSON, "created_at": DateTime(timezone=True)}
     meta = MetaData()
     table = Table("turns", meta, *(Column(name, kinds.get(name, _same(turn, name))) for name in sorted(names)))

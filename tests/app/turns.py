@@ -57,6 +57,8 @@ def finished(turn: Turn, **changes: Any) -> Turn:
         completion_tokens=12,
         first_token_ms=41.5,
         total_ms=120.25,
+        guard_input_ms=2.5,
+        guard_output_ms=3.75,
         tail_hash=new_id("tail-"),
     )
     return replace(done, **changes)

@@ -60,8 +60,9 @@ async def verdict_of(gateway: Gateway, reply: Message) -> dict[str, Any]:
 
 @both
 async def test_an_ordinary_question_is_helped(gateway: Gateway, upstream: FakeUpstream, stream: bool) -> None:
-    more = {"system": "Be brief.", "temperature": 0.5, "top_p": 0.9, "top_k": 5, "stop_sequences": ["X"]}
-    reply = await ask(gateway, stream, **more, metadata={"user_id": "ann"})
+    more: dict[str, Any] = {"system": "Be brief.", "stop_sequences": ["X"], "metadata": {"user_id": "ann"}}
+    more |= {"extra_body": {"temperature": 0.5, "top_p": 0.9, "top_k": 5}}  # later SDKs do not name them
+    reply = await ask(gateway, stream, **more)
     assert (text_of(reply), reply.stop_reason, reply.stop_sequence) == ("Hello there.", "end_turn", None)
     assert (reply.type, reply.role, reply.model) == ("message", "assistant", "fake") and reply.id.startswith("msg_")
     assert reply.usage.input_tokens > 3 and reply.usage.output_tokens == 3
@@ -263,7 +264,7 @@ async def test_errors_are_the_sdks(gateway: Gateway, upstream: FakeUpstream) -> 
     assert isinstance(unknown, anthropic.AuthenticationError) and kind(unknown) == "authentication_error"
     missing = await told(model="other")
     assert isinstance(missing, anthropic.NotFoundError) and kind(missing) == "not_found_error"
-    wrong = await told(temperature=1.5)
+    wrong = await told(extra_body={"temperature": 1.5})
     assert isinstance(wrong, anthropic.BadRequestError) and kind(wrong) == "invalid_request_error"
     upstream.script = Script(status=503, retry_after="7")
     busy = await told()

@@ -20,7 +20,7 @@ from tests.gateway import Gateway, running
 
 EXAMPLES = 15
 """Requests of each kind to each route: some seconds for all of them."""
-SCHEMA = schemathesis.openapi.from_dict(document())
+SCHEMA: Any = schemathesis.openapi.from_dict(document())
 OPERATIONS = {f"{one.ok().method.upper()} {one.ok().path}": one.ok() for one in SCHEMA.get_all_operations()}
 CHECKS: Any = [
     schemathesis.checks.not_a_server_error,
@@ -38,6 +38,7 @@ async def gateway(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gat
         yield gateway
 
 
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")  # schemathesis does
 @pytest.mark.asyncio(loop_scope="module")
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=lambda mode: mode.value)
 @pytest.mark.parametrize("route", OPERATIONS)

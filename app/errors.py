@@ -53,6 +53,11 @@ def unavailable(message: str, code: str, retry_after: int) -> ApiError:
     return ApiError(503, message, code=code, kind="server_error", retry_after=retry_after)
 
 
+def store_down() -> ApiError:
+    """A 503 for what cannot be read or written now."""
+    return unavailable("The database cannot be used just now; try again in a while.", "store_down", 5)
+
+
 def internal() -> ApiError:
     """A 500, which tells nothing of what went wrong: that is in the log."""
     return ApiError(500, "Something went wrong on our side.", code="internal_error", kind="server_error")

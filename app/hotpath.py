@@ -11,10 +11,11 @@ from contextlib import aclosing
 
 from starlette.types import Message, Receive, Send
 
-from app.errors import ApiError, client_gone
+from app.errors import ApiError, client_gone, store_down
 from app.exchange import Call, Exchange, begun, repeated
 from app.idempotency import Claim
 from app.service import Service
+from app.store import StoreError
 from app.surfaces import Frames, Surface
 
 PATIENCE = 0.02
@@ -29,7 +30,8 @@ async def serve(service: Service, surface: Surface, call: Call, receive: Receive
     client = _Client(receive, send, service.settings.keepalive)
     try:
         await _answered(service, surface, call, client)
-    except ApiError as error:
+    except (ApiError, StoreError) as failure:
+        error = failure if isinstance(failure, ApiError) else store_down()
         if not (client.gone or client.began):
             await client.refused(error, surface.error(error))
     except asyncio.CancelledError:
@@ -93,8 +95,8 @@ async def _streamed(exchange: Exchange, frames: Frames, client: _Client, claim: 
                     await client.write(written)
             await _kept(exchange, claim)
             last = frames.end()
-        except ApiError as error:
-            await client.write(frames.failed(error), more=False)
+        except (ApiError, StoreError) as error:
+            await client.write(frames.failed(error if isinstance(error, ApiError) else store_down()), more=False)
             raise
         await client.write(last, more=False)
 

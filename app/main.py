@@ -22,7 +22,7 @@ from app.auth import Auth
 from app.backends import OpenAIBackend
 from app.desk import Courier
 from app.engine import Engine
-from app.errors import ApiError, internal, unavailable
+from app.errors import ApiError, internal, store_down
 from app.fleet import Fleet
 from app.fleet.probes import look
 from app.guard_models import GuardModels
@@ -123,7 +123,9 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     oidc = Oidc(settings.auth.oidc, session, metrics, secret) if settings.auth.oidc.issuer else None
     auth = Auth(store, settings, metrics, oidc)
     limits = open_limits(settings, store.database, metrics)
-    idempotency = Idempotency(store.database, settings.total_timeout + SPARE)
+    idempotency = Idempotency(
+        store.database, settings.total_timeout + SPARE, settings.idempotency.wait, settings.idempotency.ttl
+    )
     traffic = Traffic(fleet, limits, settings.total_timeout, settings.max_tokens)
     if tracer := open_tracer(settings.tracing):
         stack.push_async_callback(asyncio.to_thread, tracer.close)
@@ -201,7 +203,7 @@ def _as_api_error(request: Request, error: Exception) -> ApiError:
         case ApiError():
             return error
         case StoreDown() | SpillFull():
-            return unavailable("The database cannot be used just now; try again in a while.", "store_down", 5)
+            return store_down()
         case NotFound():
             return ApiError(404, f"{error}.", code="not_found")
         case Conflict():  # SDKs send again what a 409 answered, which is of no use here

@@ -13,7 +13,7 @@ from app.store.errors import StoreError
 SWEEP = 3600.0
 """Seconds between two looks for accounts that nobody uses."""
 AT_ONCE = 6
-"""Calls at once of a replica. More of them are not faster, and those that wait for the row of one account would have the
+"""Calls at once of a replica. More of them are not faster, and those that wait for the row of one account would have
 connections in their hands that the store needs."""
 
 

@@ -64,7 +64,9 @@ async def test_an_ordinary_question_is_helped(gateway: Gateway, upstream: FakeUp
     more |= {"extra_body": {"temperature": 0.5, "top_p": 0.9, "top_k": 5}}  # later SDKs do not name them
     reply = await ask(gateway, stream, **more)
     assert (text_of(reply), reply.stop_reason, reply.stop_sequence) == ("Hello there.", "end_turn", None)
-    assert (reply.type, reply.role, reply.model) == ("message", "assistant", "fake") and reply.id.startswith("msg_")
+    assert (reply.type, reply.role, reply.model) == ("message", "assistant", "fake") and reply.id == (
+        reply.model_extra or {}
+    )["guardrails"]["id"]
     assert reply.usage.input_tokens > 3 and reply.usage.output_tokens == 3
     body = upstream.seen[0].body
     assert body["messages"] == [

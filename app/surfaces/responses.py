@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, Literal
 
 import orjson
@@ -67,8 +68,9 @@ class Item(Body):
 
     @property
     def message(self) -> dict[str, Any] | None:
-        """The item as a message of a chat completion; None for reasoning."""
-        if self.type == "message":
+        """The item as a message of a chat completion; None for reasoning, and for a reply that says nothing: LangChain
+        puts one between a call and its output."""
+        if self.type == "message" and (self.content or self.role != "assistant"):
             return {"role": self.role, "content": self.content}
         if self.type == "function_call":
             call = {"id": self.call_id, "function": {"name": self.name, "arguments": self.arguments}}
@@ -227,8 +229,25 @@ class ResponseRequest(Body):
         }
 
     def _messages(self) -> list[dict[str, Any]]:
-        told = [message for item in self.input if (message := item.message)]
+        told = _turns([message for item in self.input if (message := item.message)])
         return [{"role": "system", "content": self.instructions}, *told] if self.instructions else told
+
+
+def _turns(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages, each row of the assistant's with a call among them as one: what was said, then the calls.
+
+    So a reply is on record; clients send its items back in the order in which their pieces came.
+    """
+    out: list[dict[str, Any]] = []
+    for by_assistant, row in groupby(messages, lambda one: one["role"] == "assistant"):
+        said = list(row)
+        calls = [call for one in said for call in one.get("tool_calls", ())]
+        if by_assistant and calls:
+            text = "".join(one["content"] or "" for one in said)
+            out.append({"role": "assistant", "content": text or None, "tool_calls": calls})
+        else:
+            out += said
+    return out
 
 
 def _tool(tool: FunctionTool) -> dict[str, Any]:

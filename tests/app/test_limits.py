@@ -18,7 +18,7 @@ from secrets import token_hex
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from app.errors import ApiError
@@ -358,8 +358,11 @@ def close_to(one: Standing, other: Standing) -> bool:
 def test_the_ledgers_answer_alike(kind: str, request: pytest.FixtureRequest) -> None:
     url = url_of(kind, request)
 
-    @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=200 if kind == "redis" else 60, deadline=None, suppress_health_check=list(HealthCheck))
     @given(caps=st.builds(Caps, CAP, CAP, CAP, CAP), operations=OPERATIONS)
+    @example(caps=Caps(day=100), operations=[("reserve", 40, 0), ("jump", HOUR, 0)])
+    @example(caps=Caps(5, 100, 100, 100), operations=[("reserve", 40, 9), ("jump", 40 * DAY, 0), ("settle", 0, 50)])
+    @example(caps=Caps(1, 40, 40, 40), operations=[("reserve", 40, 40), ("settle", 40, 40), ("jump", -40 * DAY, 0)])
     def alike(caps: Caps, operations: list[Any]) -> None:
         async def both() -> tuple[list[Standing], list[Standing]]:
             account = f"key_{token_hex(6)}"
@@ -666,6 +669,19 @@ async def test_a_settling_that_ends_while_a_refusal_is_on_its_way_is_heard() -> 
     ledger.hear.set()
     await limits.settled()
     ledger.arrive.set()
+    assert isinstance(await second, Reservation)
+
+
+async def test_a_refusal_is_not_told_before_the_settling_has_ended() -> None:
+    ledger, key = Slow(), key_with(KeyLimits(tokens_per_day=100))
+    limits = Limits(ledger, Metrics(), LEASE)
+    ledger.arrive.set()
+    limits.settle(await limits.reserve(key, 91), 1, 0)
+    second = asyncio.create_task(limits.reserve(key, 91))
+    for _ in range(20):  # enough for a refusal, were it told
+        await asyncio.sleep(0)
+    assert not second.done()
+    ledger.hear.set()
     assert isinstance(await second, Reservation)
 
 

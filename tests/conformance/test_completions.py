@@ -100,7 +100,6 @@ async def test_a_text_that_the_policy_refuses_gets_no_embedding(gateway: Gateway
     assert upstream.requests == []
 
 
-@pytest.mark.xfail(strict=True, reason="app.backends takes a 404 of the engine for a failure")
 async def test_an_engine_without_embeddings_is_a_404(gateway: Gateway) -> None:
     async with gateway.sdk() as client:
         with pytest.raises(openai.NotFoundError) as caught:

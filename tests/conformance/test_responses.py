@@ -258,6 +258,15 @@ async def test_a_tool_can_be_demanded(gateway: Gateway, upstream: FakeUpstream) 
     assert upstream.seen[0].body["tool_choice"] == {"type": "function", "function": {"name": "find"}}
 
 
+async def test_an_empty_message_behind_a_call_is_left_out(gateway: Gateway, upstream: FakeUpstream) -> None:
+    made = {"type": "function_call", "call_id": "c", "name": "find", "arguments": "{}"}
+    empty = {"role": "assistant", "content": [{"type": "output_text", "text": "", "annotations": []}]}
+    result = {"type": "function_call_output", "call_id": "c", "output": "42"}
+    await ask(gateway, False, [{"role": "user", "content": "What is it?"}, made, empty, result], tools=TOOLS)
+    sent = upstream.seen[0].body["messages"]
+    assert [one["role"] for one in sent] == ["system", "user", "assistant", "tool"]
+
+
 # --- conversations of ours
 
 

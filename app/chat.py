@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from app.asking import Asked, definitions, judged, judged_on, prompted
@@ -19,13 +19,15 @@ from app.records import Tenant, Turn, new_id
 from app.schemas import ChatRequest
 from app.service import Service
 from app.speculate import merged, speculated
-from app.store import StoreError
+from app.store import SpillFull, StoreError
 from app.telling import Said, Telling
 from app.thread import recall
 from app.tracing import trace_id, traced
 from guardrails.engine import judge
 from guardrails.types import Context, Message, Policy, Verdict
 
+BEHIND = 1000
+"""So many turns that wait to be written make new ones wait for them: a busy gateway leaves its writer no time."""
 UNSTORED = "This turn cannot be recorded just now, so it was not answered. Please try again in a moment."
 
 
@@ -209,6 +211,9 @@ async def _begin(service: Service, tenant: Tenant, turn: Turn) -> None:
         service.metrics.store_errors.inc()
         if tenant.when_store_fails == "refuse":
             raise unavailable(UNSTORED, "store_down", 5)
+    if writer.waiting >= BEHIND:
+        with suppress(SpillFull):
+            await service.store.flush()
     if writer.full:
         raise unavailable(UNSTORED, "store_down", 30)
     if writer.delay:

@@ -206,7 +206,7 @@ async def posted(
         response = await (_within(until, asking) if until else asking)
         try:
             if path == "embeddings" and response.status in (404, 405, 501):
-                raise BackendError("rejected", "The engine has no such route.", code="not_served")
+                raise BackendError("rejected", "The engine has no such route.", code="embeddings_not_served")
             if response.status != 200:
                 raise _refusal(response, await (_within(until, response.read()) if until else response.read()))
             yield response

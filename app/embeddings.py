@@ -17,7 +17,7 @@ from app.schemas import Body, parse
 
 router = APIRouter()
 MAX_TEXTS = 2048
-NOT_SERVED = "not_served"
+NOT_SERVED = "embeddings_not_served"
 """The code of an engine's refusal that has no such route."""
 
 
@@ -86,7 +86,7 @@ def _refused(error: BackendError, model: str) -> ApiError:
     """What the client is told of an engine's failure."""
     if error.code == NOT_SERVED:
         message = f"The model '{model}' makes no embeddings: its engine has no such route."
-        return ApiError(404, message, code="embeddings_not_served", param="model")
+        return ApiError(404, message, code=NOT_SERVED, param="model")
     if error.fault == "rejected":
         return ApiError(400, error.message, code=error.code or "invalid_value", param="input")
     if error.fault == "timeout":

@@ -47,7 +47,7 @@ async def answer(
     turn.policy = policy.id
     without = service.fleet.without(release)
     request.check(without)
-    thread = await recall(service, turn, request.conversation(without))
+    thread = await recall(service, turn, request.conversation(without), request.after)
     asked = await judged(service, policy, turn, thread)
     await _begin(service, tenant, turn)
 

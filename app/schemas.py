@@ -88,7 +88,7 @@ class ChatMessage(Body):
     tool_calls: list[ToolCall] | None = Field(default=None, max_length=MAX_TOOLS)
     tool_call_id: str | None = Field(default=None, pattern=CALL)
 
-    @field_validator("content", mode="before")
+    @field_validator("content", mode="before", json_schema_input_type=str | list[dict[str, Any]] | None)
     @classmethod
     def _joined(cls, value: object) -> object:
         """The text of a list of text parts."""
@@ -197,6 +197,8 @@ class ChatRequest(Body):
     """How a refusal is told: as a filtered message, a plain one, a `refusal`, or an error 400."""
     allowed: ClassVar[Mapping[str, Any]] = {}
     """Further fields, which go to the engine as they are."""
+    after: ClassVar[str] = ""
+    """The id of the turn that this one goes on from, where the client names one: then the messages are what is new."""
 
     @field_validator("top_logprobs")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from app.errors import ApiError
 from app.records import Ticket, Turn, new_id
 from app.service import Service
 from app.store import StoreDown
@@ -44,13 +45,18 @@ class Thread:
         return "\n\n".join(told)
 
 
-async def recall(service: Service, turn: Turn, messages: tuple[Message, ...]) -> Thread:
+async def recall(service: Service, turn: Turn, messages: tuple[Message, ...], after: str = "") -> Thread:
     """The thread of this turn; gives the turn its conversation.
+
+    after: the turn that this one goes on from, by its id; then `messages` are what is new. Raises ApiError 400 where it
+    is not there, and StoreDown.
 
     A history is known by the fingerprint that its last turn left, which also tells the conversation of a client that
     names none. One that is not known, of a conversation that the client names and this service has on record, is
     replaced by that record. While the database is down nothing is recognised, and everything is judged anew.
     """
+    if after:
+        return await _continued(service, turn, messages, after)
     named = bool(turn.conversation)
     replies = [place for place, message in enumerate(messages) if message.role == "assistant"]
     heard = "\n".join(messages[place].content for place in replies)
@@ -77,6 +83,25 @@ async def recall(service: Service, turn: Turn, messages: tuple[Message, ...]) ->
         service.metrics.store_errors.inc()
     turn.conversation = turn.conversation or new_id("conv_")
     return replace(thread, news=tuple(ticket for ticket in news if thread.owns(ticket)))
+
+
+async def _continued(service: Service, turn: Turn, messages: tuple[Message, ...], after: str) -> Thread:
+    """The thread of a turn that goes on from another one, whose id nobody knows but those who were told it."""
+    last = await service.store.turn(after, turn.tenant)
+    if last is None or not last.ended or last.error or last.subject != turn.subject:
+        message = f"Previous response with id '{after}' not found."
+        raise ApiError(400, message, code="previous_response_not_found", param="previous_response_id")
+    turn.conversation, turn.parent = last.conversation, last.id
+    before = {one.id: one for one in await _ended_before(service, turn)}
+    way, id = list[Turn](), last.id
+    while id in before:
+        way.append(before.pop(id))
+        id = way[-1].parent
+    said = [message for one in reversed(way) for message in one.exchange]
+    heard = "\n".join(one.content for one in said if one.role == "assistant")
+    new = sorted(messages, key=lambda one: one.role not in SYSTEM)
+    news = await service.store.undelivered_answers(turn.tenant, turn.conversation)
+    return Thread((*said, *new), len(said), True, heard, tuple(news))
 
 
 async def _ended_before(service: Service, turn: Turn) -> list[Turn]:

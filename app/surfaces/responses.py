@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 import orjson
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from app.errors import ApiError
 from app.exchange import CONVERSATION, Exchange
@@ -160,7 +160,7 @@ class ResponseRequest(Body):
     metadata: dict[str, str] | None = None
     user: str | None = None
     safety_identifier: str | None = None
-    previous_response_id: None = None
+    previous_response_id: str | None = Field(default=None, pattern=CALL)
     conversation: str | ConversationRef | None = None
     store: bool | None = None
     service_tier: str | None = None
@@ -185,17 +185,12 @@ class ResponseRequest(Body):
             raise ValueError("the last item must be the user's or the output of a tool, since it is what is answered")
         return items
 
-    @field_validator("previous_response_id", mode="before", json_schema_input_type=None)
-    @classmethod
-    def _not_served(cls, value: object) -> object:
-        if value is not None:
-            raise ValueError("no response is gone on from; send the whole input again, which is recognised")
-        return value
-
     @field_validator("conversation")
     @classmethod
-    def _sane(cls, value: str | ConversationRef | None) -> str | ConversationRef | None:
+    def _sane(cls, value: str | ConversationRef | None, info: ValidationInfo) -> str | ConversationRef | None:
         named = value.id if isinstance(value, ConversationRef) else value
+        if named is not None and info.data.get("previous_response_id"):
+            raise ValueError("send either it or 'previous_response_id'")
         if named is not None and not CONVERSATION.fullmatch(named):
             raise ValueError("a conversation id is 1 to 128 printable ASCII characters, without spaces")
         return value
@@ -272,7 +267,9 @@ class Responses:
 
     def read(self, body: bytes, key: Key, headers: Mapping[bytes, bytes]) -> ChatRequest:
         """The request; raises ApiError 400."""
-        return read(ResponseRequest, ResponseRequest.chat, body, key, headers, names=self._names, idle=IDLE)
+        asked = read(ResponseRequest, ResponseRequest.chat, body, key, headers, names=self._names, idle=IDLE)
+        asked.__dict__["after"] = asked.origin.previous_response_id or ""
+        return asked
 
     def whole(self, exchange: Exchange, told: Sequence[Said]) -> bytes:
         """A response."""
@@ -407,7 +404,7 @@ def response(
         "model": exchange.turn.model,
         "output": items,
         "parallel_tool_calls": asked.parallel_tool_calls is not False,
-        "previous_response_id": None,
+        "previous_response_id": asked.previous_response_id,
         "conversation": {"id": exchange.turn.conversation} if asked.conversation_id else None,
         "reasoning": {"effort": asked.reasoning.effort if asked.reasoning else None, "summary": None},
         "store": True,

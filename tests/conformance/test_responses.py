@@ -296,7 +296,7 @@ async def test_a_conversation_is_continued(gateway: Gateway, upstream: FakeUpstr
         ({"prompt": {"id": "x"}}, "prompt"),
         ({"text": {"format": {"type": "json_schema"}}}, "text.format"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"previous_response_id": "chatcmpl-1", "conversation": "c"}, "conversation"),
         ({"conversation": "with space"}, "conversation"),
     ],
     ids=str,
@@ -317,3 +317,44 @@ async def test_fields_that_a_key_may_send_go_to_the_engine(gateway: Gateway, ups
     status, told = await gateway.json("POST", "/v1/responses", json={"model": "fake", "input": "Hello", "top_k": 3})
     assert (status, told["error"]["code"]) == (400, "unknown_parameter")
     assert upstream.requests == []
+
+
+# --- going on from a response
+
+
+async def test_a_previous_response_is_gone_on_from(gateway: Gateway, upstream: FakeUpstream) -> None:
+    upstream.queue += [Script(["Nice, Ann."]), Script(["You are Ann."]), Script(["Ann, still."]), Script(["Yes."])]
+    first, _ = await ask(gateway, False, "I am Ann.", instructions="Rhyme.")
+    second, _ = await ask(gateway, False, "Who am I?", previous_response_id=first.id)
+    again, _ = await ask(gateway, True, "Who am I, then?", previous_response_id=first.id)
+    last, _ = await ask(gateway, False, "Sure?", previous_response_id=again.id)
+    asked = [[one["content"] for one in seen.body["messages"][1:]] for seen in upstream.seen]
+    assert asked[1] == ["I am Ann.", "Nice, Ann.", "Who am I?"]
+    assert asked[2] == ["I am Ann.", "Nice, Ann.", "Who am I, then?"]
+    assert asked[3] == [*asked[2], "Ann, still.", "Sure?"], "what was said on another way is not known on this one"
+    assert "Rhyme" not in str(upstream.seen[1].body), "instructions are not carried over"
+    assert second.previous_response_id == first.id
+    turns = [await gateway.turn(one.id) for one in (first, second, again, last)]
+    assert len({one.conversation for one in turns}) == 1
+
+
+async def test_results_of_tools_go_on_from_a_previous_response(gateway: Gateway, upstream: FakeUpstream) -> None:
+    upstream.queue += [script(call("find", '{"q": 1}')), Script(["It is 42."])]
+    first, _ = await ask(gateway, False, "What is it?", tools=TOOLS)
+    assert first.output[0].type == "function_call"
+    result = {"type": "function_call_output", "call_id": first.output[0].call_id, "output": "42"}
+    second, _ = await ask(gateway, False, [result], tools=TOOLS, previous_response_id=first.id)
+    assert second.output_text == "It is 42."
+    assert [one["role"] for one in upstream.seen[1].body["messages"]] == ["system", "user", "assistant", "tool"]
+
+
+async def test_a_previous_response_is_nobody_elses(gateway: Gateway, upstream: FakeUpstream) -> None:
+    first, _ = await ask(gateway, False, "I am Ann.", user="ann")
+    other = await gateway.tenant("other")
+    body = {"model": "fake", "input": "Who am I?", "previous_response_id": first.id, "user": "ann"}
+    unknown = {"previous_response_id": "chatcmpl-0"}
+    for key, more in ((other, {}), (gateway.key, {"user": "bob"}), (gateway.key, unknown)):
+        status, told = await gateway.json("POST", "/v1/responses", json=body | more, key=key)
+        assert (status, told["error"]["code"]) == (400, "previous_response_not_found")
+        assert told["error"]["param"] == "previous_response_id"
+    assert len(upstream.seen) == 1

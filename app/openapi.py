@@ -130,7 +130,7 @@ def _post(path: str) -> Json:
     answered = ANSWERS.get(path)
     schema = _of(answered) if answered else {"type": "object", "required": list(keys)}
     content: Json = {JSON: {"schema": schema}}
-    content |= {EVENTS: {"schema": {"type": "string"}}} if path in STREAMING else {}
+    content |= {EVENTS: {"schema": {"description": "Server-sent events."}}} if path in STREAMING else {}
     body = {"required": True, "content": {JSON: {"schema": _of(model)}}}
     return _operation(path, {"200": {"description": "The answer.", "content": content}}) | {"requestBody": body}
 

@@ -382,22 +382,31 @@ def _both_sides(rules: Mapping[Stage, Sequence[Rule]], results: Sequence[Result]
 
 async def _hostile(rule: Rule, own: Sequence[str], streamed: bool) -> list[str]:
     """Complaints about a rule that hostile text can keep busy: `own` are texts that make it fire."""
-    units = [*HOSTILE_UNITS, *(text[:-1] for text in own[:1])]
-    for unit in units:
-        text = (unit * HOSTILE_REPEATS)[:HOSTILE_CHARACTERS]
+    for unit in (*HOSTILE_UNITS, *(text[:-1] for text in own[:1])):
         await asyncio.sleep(0)  # a gateway that checks a policy goes on serving
-        started = time.thread_time()
         try:
-            await _read(rule, text, streamed)
+            if await _busy(rule, unit, streamed) and (fault := await _busy(rule, unit, streamed)):
+                return [fault]
         except NoGrader:
             return []
-        except Exception as error:
-            return [
-                f"rule {rule.name!r} broke ({type(error).__name__}) on a long text of {unit[:20]!r}; {HOSTILE_ADVICE}"
-            ]
-        if (spent := time.thread_time() - started) > HOSTILE_SECONDS:
-            return [f"rule {rule.name!r} read {spent:.1f} s on a long text of {unit[:20]!r}; {HOSTILE_ADVICE}"]
     return []
+
+
+async def _busy(rule: Rule, unit: str, streamed: bool) -> str:
+    """The complaint about a rule that a long text of `unit` keeps busy, or empty.
+
+    What else runs on this machine can only add to the time, so that one complaint alone proves nothing.
+    """
+    started = time.thread_time()
+    try:
+        await _read(rule, (unit * HOSTILE_REPEATS)[:HOSTILE_CHARACTERS], streamed)
+    except NoGrader:
+        raise
+    except Exception as error:
+        return f"rule {rule.name!r} broke ({type(error).__name__}) on a long text of {unit[:20]!r}; {HOSTILE_ADVICE}"
+    if (spent := time.thread_time() - started) > HOSTILE_SECONDS:
+        return f"rule {rule.name!r} read {spent:.1f} s on a long text of {unit[:20]!r}; {HOSTILE_ADVICE}"
+    return ""
 
 
 async def _read(rule: Rule, text: str, streamed: bool) -> None:

@@ -109,6 +109,8 @@ async def _shadowed(service: Service, policy: Policy, turn: Turn, told: Shadowed
         priority="shadow",
         release=told.release.name,
         said="",
+        reasoning="",
+        calls=(),
         withheld_said=reply.text,
         output=verdict,
         action=verdict.action.word,

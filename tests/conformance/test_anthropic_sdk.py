@@ -118,7 +118,7 @@ async def test_both_directions_are_redacted_and_lines_appended(
     upstream.script = Script(["Write to ja", "ne@exa", "mple.com", " today."])
     reply = await ask(gateway, stream, user("Card 4111 1111 1111 1111, unpaid overtime?"))
     assert text_of(reply) == f"Write to [EMAIL] today.\n\n{LEGAL}" and reply.stop_reason == "end_turn"
-    assert "4111" not in str(upstream.seen[0].body)
+    assert "4111" not in str(upstream.seen[0].body["messages"])
 
 
 @both

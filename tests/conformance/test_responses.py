@@ -97,7 +97,7 @@ async def test_both_directions_are_redacted(gateway: Gateway, upstream: FakeUpst
     response, events = await ask(gateway, stream, "Card 4111 1111 1111 1111?")
     assert response.output_text == "Write to [EMAIL] today." and response.status == "completed"
     assert "jane" not in "".join(one.model_dump_json() for one in events)
-    assert "4111" not in str(upstream.seen[0].body)
+    assert "4111" not in str(upstream.seen[0].body["messages"])
 
 
 @both

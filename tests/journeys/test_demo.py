@@ -58,7 +58,7 @@ async def before(upstream: FakeUpstream, home: Path, *args: str) -> tuple[int, s
 
 
 def asked(seen: Sequence[Seen]) -> str:
-    return json.dumps([request.body for request in seen])
+    return json.dumps([request.body.get("messages") for request in seen])
 
 
 async def test_the_tour_shows_every_verdict_and_ends_well(tmp_path: Path) -> None:

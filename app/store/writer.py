@@ -311,7 +311,7 @@ class TurnWriter:
             self._took()
 
     async def _write(self, some: list[Turn]) -> None:
-        """Returns when these are committed, or put aside one by one; raises StoreDown."""
+        """Returns when these are committed, those apart that the database turns down; raises StoreDown."""
         linked = True
         while True:
             drafts = await self._drafts(some, linked)
@@ -323,9 +323,9 @@ class TurnWriter:
             except StoreDown:
                 raise
             except (StoreError, Mixed) as error:
-                if len(some) > 1:
-                    for turn in some:
-                        await self._write([turn])
+                if middle := len(some) // 2:
+                    for half in (some[:middle], some[middle:]):
+                        await self._write(half)
                 elif isinstance(error, StoreError):
                     await self._reject(some[0], error)
                 return
@@ -350,6 +350,8 @@ class TurnWriter:
         drafts, at, began = [], moment(now()), time.perf_counter()
         for turn in some:
             drafts.append(one := turns.draft(turn, turn.ended, known, at))
+            if one.ended:
+                self._waiting.pop(one.id, None)  # it ended, and was queued again, since this batch was taken
             if one.record is not None and one.id in parents:
                 known[one.id] = one.record
             if time.perf_counter() - began > SLICE:

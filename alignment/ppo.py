@@ -1,0 +1,334 @@
+"""Proximal policy optimisation against rewards, with a critic and a penalty on leaving the reference.
+
+Schulman et al. 2017 (arXiv:1707.06347) as Ouyang et al. 2022 (arXiv:2203.02155) used it on language models. One update:
+draw replies to some prompts, reward them, compute advantages, then change policy and critic in small steps.
+
+An action is a token of the reply. Its reward is minus `kl` times ln p - ln p_reference, and for the last one of a reply
+the reply's score besides. All sums are over the whole minibatch of all processes, so that it does not matter how rows are
+split into forward passes.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from alignment import losses
+from alignment.loop import Adam, Optimiser, Parallel
+from alignment.lora import LoraShape
+from alignment.model import Model
+from alignment.rollout import Engine, Reply
+from alignment.tokens import Batch, Row, batch, plan
+
+POLICY, CRITIC, VALUE = "policy", "critic", "value"
+Score = Callable[[Sequence[Reply]], Tensor]
+"""Rewards of replies, [N]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kl:
+    """The penalty on leaving the reference. coefficient: of each nat. target: nats a reply at which an adaptive
+    coefficient aims, None for a fixed one; horizon: replies in which it may change by a fifth of itself."""
+
+    coefficient: float = 0.02
+    target: float | None = None
+    horizon: int = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one update is made.
+
+    prompts, samples: how many replies are drawn. limit: tokens of a reply. epochs, minibatches: how often the replies
+    are gone through, in how many steps each time. stop: nats a token from the old policy at which the update ends.
+    clip, value_clip: see `losses`. discount, decay: gamma and lambda. missing_end: taken from the score of a reply that
+    was cut off. bootstrap: count what the critic expects after the cut, for a cut is not an end. detach: the critic's
+    gradient does not reach the shared trunk. cap: of importance weights, None where the engine's chances are taken for
+    the trainer's. warmup: updates in which the critic alone learns. replay: weight of the demonstrations' loss.
+    tokens: in one forward pass.
+    """
+
+    prompts: int = 16
+    samples: int = 1
+    limit: int = 64
+    temperature: float = 1.0
+    epochs: int = 1
+    minibatches: int = 1
+    stop: float | None = 0.05
+    clip: float = 0.2
+    value_clip: float | None = 0.2
+    discount: float = 1.0
+    decay: float = 0.95
+    kl: Kl = field(default_factory=Kl)
+    missing_end: float = 1.0
+    bootstrap: bool = False
+    whiten: bool = True
+    whiten_rewards: bool = False
+    critic: Literal["adapter", "shared"] = "adapter"
+    detach: bool = False
+    value_weight: float = 0.1
+    cap: float | None = None
+    warmup: int = 0
+    replay: float = 0.0
+    tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.temperature <= 0:
+            raise ValueError("temperature is more than 0: nothing is learnt from replies that could not be others")
+        if min(self.prompts, self.samples, self.limit, self.epochs, self.minibatches, self.tokens) < 1:
+            raise ValueError("prompts, samples, limit, epochs, minibatches and tokens are at least 1")
+
+
+@dataclass(slots=True)
+class Experience:
+    """Replies as tensors [N, T], of which `acts` are the actions; 0 elsewhere. scores: [N], of whole replies.
+
+    old, reference: ln p of the actions. parts: numbers of the rows that share a forward pass, always the same ones, so
+    that the first step's ratios are 1 to the bit.
+    """
+
+    replies: list[Reply]
+    parts: list[list[int]]
+    acts: Tensor
+    old: Tensor
+    reference: Tensor
+    values: Tensor
+    scores: Tensor
+    entropy: Tensor
+    advantages: Tensor = field(init=False)
+    returns: Tensor = field(init=False)
+    weights: Tensor | None = None
+
+    def part(self, numbers: Sequence[int]) -> tuple[Batch, Callable[[Tensor], Tensor]]:
+        """The batch of some rows, and what cuts tensors [N, T] to it."""
+        made = batch([[self.replies[i].row] for i in numbers])
+        width = made.ids.shape[1]
+        return made.to(self.acts.device), lambda whole: whole[numbers, :width]
+
+
+class Ppo:
+    """The policy, its reference, its critic, and what changes them; `update` is one round.
+
+    All of them are one base: the reference is the base itself, the policy an adapter on it, the critic a head on another
+    adapter or on the policy's states.
+    """
+
+    def __init__(
+        self, model: Model, settings: Settings, engine: Engine, score: Score, how: Adam, updates: int,
+        parallel: Parallel, shape: LoraShape = LoraShape(), critic_lr: float | None = None,
+    ):  # fmt: skip
+        self.model, self.settings, self.engine, self.score, self.parallel = model, settings, engine, score, parallel
+        policy = model.adapt(POLICY, shape)
+        critic = model.adapt(CRITIC, shape) if settings.critic == "adapter" else []
+        if VALUE not in model.heads:
+            model.head(VALUE)
+            torch.nn.init.zeros_(model.heads[VALUE].weight)  # type: ignore[arg-type]
+        critic = [*critic, *model.heads[VALUE].parameters()]
+        self.policy = Optimiser(policy, how, updates, parallel)
+        self.critic = Optimiser(critic, replace(how, lr=critic_lr or how.lr), updates, parallel)
+        self.kl, self.updates = settings.kl.coefficient, 0
+
+    # --- one update, top to bottom
+
+    def update(self, prompts: Sequence[tuple[int, ...]], seed: int, demonstrations: Sequence[Row] = ()) -> dict[str, float]:
+        """Its metrics. prompts: this process's part of them. demonstrations: rows to replay."""
+        began, how = time.perf_counter(), self.settings
+        replies = self.engine.draw(prompts, how.samples, how.limit, how.temperature, seed)
+        drawn = time.perf_counter() - began
+        experience = self.experience(replies, seed)
+        metrics = self._measured(experience) | self.rewarded(experience)
+        metrics |= self.learn(experience, seed, demonstrations)
+        self._adapt_kl(metrics["kl/reply"], int(metrics["replies"]))
+        self.updates += 1
+        took = time.perf_counter() - began
+        return metrics | {"time/draw": drawn, "time/update": took, "tokens/s": metrics["tokens"] / took}
+
+    @torch.no_grad()
+    def experience(self, replies: Sequence[Reply], seed: int) -> Experience:
+        """What policy, reference and critic say of the replies, and their scores."""
+        how, device = self.settings, self.model.device
+        rows = [reply.row for reply in replies]
+        parts = [[i for line in lines for i in line] for lines in plan([len(row) for row in rows], how.tokens, seed)]
+        shape = (len(rows), max(map(len, rows)))
+        acts = torch.zeros(shape, dtype=torch.bool, device=device)
+        old, reference, values, entropy = (torch.zeros(shape, device=device) for _ in range(4))
+        scores = self.score(replies).to(device)
+        made = Experience(list(replies), parts, acts, old, reference, values, scores, entropy)
+        for numbers in parts:
+            some, _ = made.part(numbers)
+            width = some.ids.shape[1]
+            told, value = self._said(some)
+            base = self.model.told(some, self.model.states(some), how.temperature)
+            for whole, part in (
+                (acts, some.trained), (old, told.logprobs), (entropy, told.entropy),
+                (reference, base.logprobs), (values, value),
+            ):  # fmt: skip
+                whole[numbers, :width] = part
+        if how.cap is not None:
+            engine = torch.zeros(shape, device=device)
+            for i, reply in enumerate(replies):
+                engine[i, acts[i]] = torch.tensor(reply.drawn, device=device)
+            made.weights = losses.importance(old, engine, acts, how.cap)
+        return made
+
+    def _said(self, some: Batch) -> tuple[Any, Tensor]:
+        """What the policy says of the actions, and the value of the state before each, [B, T]."""
+        how = self.settings
+        states = self.model.states(some, POLICY)
+        told = self.model.told(some, states, how.temperature)
+        if how.critic == "adapter":
+            states = self.model.states(some, CRITIC)
+        elif how.detach:
+            states = states.detach()
+        values = self.model.values(states, VALUE)
+        return told, torch.where(some.trained, values.gather(1, some.before), 0)
+
+    @torch.no_grad()
+    def rewarded(self, made: Experience) -> dict[str, float]:
+        """Sets the advantages and returns of the actions; returns metrics of both."""
+        how, acts = self.settings, made.acts
+        last = acts.shape[1] - 1 - acts.flip(1).int().argmax(1)  # the column of each row's last action
+        cut = torch.tensor([reply.finish == "length" for reply in made.replies], device=acts.device)
+        scores = made.scores - how.missing_end * cut
+        rewards = torch.where(acts, -self.kl * (made.old - made.reference), 0)
+        rewards[torch.arange(len(rewards)), last] += scores
+        if how.whiten_rewards:
+            rewards = losses.whitened(rewards, acts, *self._moments(rewards, acts), keep_mean=True)
+        after = torch.where(cut, self._after(made), 0) if how.bootstrap else torch.zeros_like(scores)
+        made.advantages, made.returns = losses.gae(rewards, made.values, acts, after, how.discount, how.decay)
+        explained = losses.explained_variance(made.values, made.returns, acts)
+        metrics = {"value/explained": float(explained), "return/mean": float(losses.masked_mean(made.returns, acts))}
+        if how.whiten:
+            made.advantages = losses.whitened(made.advantages, acts, *self._moments(made.advantages, acts))
+        return metrics
+
+    def _after(self, made: Experience) -> Tensor:
+        """What the critic expects after the last token of each reply, [N]."""
+        found = torch.zeros(len(made.replies), device=made.acts.device)
+        for numbers in made.parts:
+            some, _ = made.part(numbers)
+            states = self.model.states(some, CRITIC if self.settings.critic == "adapter" else POLICY)
+            line, column = some.last().unbind(-1)
+            found[numbers] = self.model.values(states, VALUE)[line, column]
+        return found
+
+    def learn(self, made: Experience, seed: int, demonstrations: Sequence[Row] = ()) -> dict[str, float]:
+        """Changes policy and critic; returns metrics of the last step."""
+        how, metrics = self.settings, dict[str, float]()
+        steps = 0
+        for epoch in range(how.epochs):
+            for minibatch in _shuffled(made.parts, how.minibatches, f"{seed}:{epoch}"):
+                found = self._gradients(made, minibatch)
+                if how.stop is not None and found["ppo/kl"] > how.stop:
+                    self._forget()
+                    return metrics | {"ppo/stopped": 1.0, "ppo/steps": steps}
+                steps += 1
+                metrics = found | {"ppo/stopped": 0.0, "ppo/steps": steps}
+                if demonstrations and how.replay:
+                    metrics["replay/loss"] = self._replay(demonstrations)
+                last = (epoch, minibatch) == (how.epochs - 1, minibatch) and steps == how.epochs * how.minibatches
+                if self.updates >= how.warmup:
+                    metrics["policy/grad"] = self.policy.step(count=last)
+                metrics["value/grad"] = self.critic.step(count=last)
+        return metrics
+
+    def _gradients(self, made: Experience, minibatch: Sequence[Sequence[int]]) -> dict[str, float]:
+        """Adds the gradients of a minibatch to those that are there; returns its losses, ratios and KL."""
+        how = self.settings
+        count = self.parallel.sum(sum((made.acts[list(part)].sum() for part in minibatch), torch.zeros((), device=made.acts.device)))
+        sums = torch.zeros(6, device=made.acts.device, dtype=torch.float64)
+        for numbers in minibatch:
+            some, cut = made.part(numbers)
+            told, values = self._said(some)
+            acts, old = cut(made.acts), cut(made.old)
+            weights = cut(made.weights) if made.weights is not None else None
+            policy = losses.policy_loss(told.logprobs, old, cut(made.advantages), acts, how.clip, weights)
+            value = losses.value_loss(values, cut(made.values), cut(made.returns), acts, how.value_clip)
+            ((policy + how.value_weight * value) / count).backward()
+            with torch.no_grad():
+                ratio = torch.exp(torch.where(acts, told.logprobs - old, 0))
+                sums += torch.stack([
+                    policy, value, losses.clipped(told.logprobs, old, acts, how.clip),
+                    torch.where(acts, ratio - 1 - (told.logprobs - old), 0).sum(), torch.where(acts, told.entropy, 0).sum(),
+                    ((ratio - 1).abs() * acts).max(),
+                ])  # fmt: skip
+        policy_sum, value_sum, outside, kl, entropy, farthest = self.parallel.sum(sums).tolist()
+        n = float(count)
+        return {
+            "policy/loss": policy_sum / n, "value/loss": value_sum / n, "policy/clipped": outside / n,
+            "ppo/kl": kl / n, "policy/entropy": entropy / n, "policy/farthest": farthest,
+        }  # fmt: skip
+
+    def _replay(self, rows: Sequence[Row]) -> float:
+        """Adds the gradient of the demonstrations' loss a token, against the alignment tax; returns that loss."""
+        count = float(self.parallel.sum(torch.tensor(float(sum(sum(row.trained) for row in rows)))))
+        total = 0.0
+        for lines in plan([len(row) for row in rows], self.settings.tokens, 0):
+            some = batch([[rows[i] for i in line] for line in lines]).to(self.model.device)
+            loss = -self.model.told(some, self.model.states(some, POLICY)).logprobs.sum()
+            (self.settings.replay * loss / count).backward()
+            total += float(loss.detach())
+        return float(self.parallel.sum(torch.tensor(total))) / count
+
+    def _forget(self) -> None:
+        for one in (*self.policy.parameters, *self.critic.parameters):
+            one.grad = None
+
+    def _moments(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean, variance) over the actions of all processes."""
+        some = torch.where(mask, values, 0).double()
+        count, total = self.parallel.sum(torch.stack([mask.sum().double(), some.sum()]))
+        mean = total / count
+        square = self.parallel.sum(torch.where(mask, (values.double() - mean) ** 2, 0).sum())
+        return mean.float(), (square / (count - 1).clamp(min=1)).float()
+
+    def _adapt_kl(self, nats: float, replies: int) -> None:
+        how = self.settings.kl
+        if how.target is not None:
+            self.kl = losses.adapted(self.kl, nats, how.target, how.horizon, replies)
+
+    @torch.no_grad()
+    def _measured(self, made: Experience) -> dict[str, float]:
+        """What the replies are like, over all processes."""
+        acts, n = made.acts, len(made.replies)
+        k1, k2, k3 = losses.kl_estimates(made.old, made.reference)
+        sums = [torch.where(acts, one, 0).sum() for one in (k1, k2, k3, made.entropy)]
+        ended = sum(reply.finish == "stop" for reply in made.replies)
+        engine = sum(sum(reply.drawn) for reply in made.replies)
+        mine = [n, acts.sum(), ended, made.scores.sum(), (made.scores**2).sum(), made.old.sum() - engine, *sums]
+        total = self.parallel.sum(torch.tensor([float(one) for one in mine], dtype=torch.float64)).tolist()
+        replies, tokens, ended, score, squares, apart, k1s, k2s, k3s, entropy = total
+        mean = score / replies
+        return {
+            "reward/mean": mean, "reward/std": max(squares / replies - mean**2, 0.0) ** 0.5,
+            "kl/reply": k1s / replies, "kl/k1": k1s / tokens, "kl/k2": k2s / tokens, "kl/k3": k3s / tokens,
+            "kl/coefficient": self.kl, "reply/tokens": tokens / replies, "reply/ended": ended / replies,
+            "reply/entropy": entropy / tokens, "engine/apart": -apart / tokens, "replies": replies, "tokens": tokens,
+            "lr": self.policy.lr,
+        }  # fmt: skip
+
+    # --- going on after a crash
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes."""
+        return {"policy": self.policy.state(), "critic": self.critic.state(), "kl": self.kl, "updates": self.updates}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes everything back to the bit."""
+        self.policy.restore(state["policy"])
+        self.critic.restore(state["critic"])
+        self.kl, self.updates = state["kl"], state["updates"]
+
+
+def _shuffled(parts: Sequence[list[int]], minibatches: int, seed: str) -> list[list[list[int]]]:
+    """The parts in a new order, in so many minibatches of about as many parts; none is empty."""
+    order = list(parts)
+    random.Random(seed).shuffle(order)
+    count = min(minibatches, len(order))
+    return [order[i::count] for i in range(count)]

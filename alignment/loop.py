@@ -1,4 +1,4 @@
-"""What all trainers share: the folder of a run, the optimiser, the processes it is spread over, and going on after a crash.
+"""What all trainers share: a run's folder, the optimiser, the processes it is spread over, going on after a crash.
 
 A run that is killed goes on from its last checkpoint and ends with the same bits: weights, optimiser, random state, how
 far it had come in the data, and whatever else a trainer keeps are in one file that replaces the one before at once.
@@ -161,9 +161,13 @@ class Optimiser:
         if self._how.clip and norm > self._how.clip:
             torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], self._how.clip / norm)
         self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+        self.forget()
         self.done += count
         return norm
+
+    def forget(self) -> None:
+        """Drops the gradients."""
+        self._adam.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
         """What `restore` takes."""
@@ -176,6 +180,11 @@ class Optimiser:
                 mine.copy_(kept)
         self._adam.load_state_dict(state["adam"])
         self.done = state["done"]
+
+
+def scaled(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiplies the gradients: sums of losses become means once it is known of how many."""
+    torch._foreach_mul_([one.grad for one in parameters if one.grad is not None], factor)
 
 
 # --- the folder
@@ -304,3 +313,68 @@ def _settle(new: Path, path: Path) -> None:
     with new.open("rb") as file:
         os.fsync(file.fileno())
     new.replace(path)
+
+
+# --- learning from rows
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one forward pass says: the sum of the losses of `count` tokens or rows, and of other measures of them."""
+
+    loss: Tensor
+    count: float
+    sums: Mapping[str, float] = field(default_factory=dict)
+
+
+def fit(
+    run: Run,
+    optimiser: Optimiser,
+    updates: Sequence[Sequence[T]],
+    forward: Callable[[T], Part],
+    evaluate: Callable[[], Mapping[str, float]] | None = None,
+    often: int = 0,
+) -> None:
+    """Changes the weights by all updates, from the last checkpoint on; metrics are means over whole updates.
+
+    updates: of each its parts, which are shared out among the processes. evaluate: measures on held-out rows, before
+    the first update, after every `often`, and after the last. Raises Diverged.
+    """
+    if state := run.resume():
+        optimiser.restore(state)
+    while run.step < len(updates):
+        began, found = time.perf_counter(), dict[str, float]()
+        if evaluate and (run.step == 0 or (often and run.step % often == 0)):
+            found |= evaluate()
+        sums = {"loss": 0.0, "count": 0.0}
+        for item in run.parallel.share(updates[run.step]):
+            part = forward(item)
+            part.loss.backward()
+            for name, value in (("loss", float(part.loss.detach())), ("count", part.count), *part.sums.items()):
+                sums[name] = sums.get(name, 0.0) + value
+        sums = _summed(sums, run.parallel)
+        count = sums.pop("count")
+        _check_finite(sums["loss"], run.step)
+        scaled(optimiser.parameters, 1 / max(count, 1))
+        lr, norm = optimiser.lr, optimiser.step()
+        found |= {name: value / max(count, 1) for name, value in sums.items()}
+        found |= {"grad": norm, "lr": lr, "count": count, "per_second": count / (time.perf_counter() - began)}
+        if evaluate and run.step + 1 == len(updates):
+            found |= evaluate()
+        run.record(found, optimiser.state)
+
+
+def _summed(sums: dict[str, float], parallel: Parallel) -> dict[str, float]:
+    if parallel.size == 1:
+        return sums
+    names = sorted({name for part in parallel.gathered([sorted(sums)]) for name in part})
+    total = parallel.sum(torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64))
+    return dict(zip(names, total.tolist(), strict=True))
+
+
+def _check_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise Diverged(
+            f"update {step}: the loss is {loss}. Lower optimiser.lr, or look at the rows of this update; the run goes "
+            "on from its last checkpoint."
+        )

@@ -53,11 +53,11 @@ class LoraLinear(nn.Module):
 
     def add(self, name: str, shape: LoraShape) -> None:
         """Adds an adapter that does nothing yet."""
-        like = {"device": self.base.weight.device, "dtype": torch.float32}
-        a = torch.empty(shape.rank, self.base.in_features, **like)  # type: ignore[arg-type]
+        like = torch.empty(0, device=self.base.weight.device)
+        a = like.new_empty(shape.rank, self.base.in_features)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         self.a[name], self.scales[name] = nn.Parameter(a), shape.scale
-        self.b[name] = nn.Parameter(torch.zeros(self.base.out_features, shape.rank, **like))  # type: ignore[arg-type]
+        self.b[name] = nn.Parameter(like.new_zeros(self.base.out_features, shape.rank))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -67,11 +67,13 @@ class LoraLinear(nn.Module):
             return out
         a, b = self.a[name], self.b[name]
         added = (x.to(a.dtype) @ a.T) @ b.T
-        return out + (added * self.scales[name]).to(out.dtype)
+        whole: Tensor = out + (added * self.scales[name]).to(out.dtype)
+        return whole
 
     def delta(self, name: str) -> Tensor:
         """What the adapter adds to the weight, [out, in]."""
-        return (self.b[name] @ self.a[name]) * self.scales[name]
+        delta: Tensor = (self.b[name] @ self.a[name]) * self.scales[name]
+        return delta
 
 
 class Adapters:
@@ -82,12 +84,14 @@ class Adapters:
         self._switch = _Switch()
         self.layers: dict[str, LoraLinear] = {}
         self.shapes: dict[str, LoraShape] = {}
+        self._places: list[tuple[nn.Module, str, LoraLinear]] = []
         model.requires_grad_(False)
         for path, parent in list(model.named_modules()):
             for name, child in list(parent.named_children()):
                 if name in targets and isinstance(child, nn.Linear):
                     layer = LoraLinear(child, self._switch)
                     setattr(parent, name, layer)
+                    self._places.append((parent, name, layer))
                     self.layers[f"{path}.{name}".lstrip(".")] = layer
         if not self.layers:
             raise ValueError(f"the model has none of the layers {', '.join(targets)}; name its own in `lora.targets`")
@@ -136,6 +140,17 @@ class Adapters:
             with torch.no_grad():
                 for layer, weight in kept.items():
                     layer.base.weight.copy_(weight)
+
+    @contextmanager
+    def unwrapped(self) -> Iterator[None]:
+        """Within it the model has its own linear layers again, so that it is saved as if there were no adapters."""
+        for parent, name, layer in self._places:
+            setattr(parent, name, layer.base)
+        try:
+            yield
+        finally:
+            for parent, name, layer in self._places:
+                setattr(parent, name, layer)
 
     def weights(self, name: str) -> dict[str, Tensor]:
         """The adapter's tensors under the names that PEFT gives them."""

@@ -29,7 +29,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
+        logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         entropy = torch.empty_like(logprobs)
         for at in range(0, len(hidden), CHUNK):
             some = slice(at, at + CHUNK)
@@ -42,10 +42,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _entropy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor, _entropy: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, weight, targets = ctx.saved_tensors
         to_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        to_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        to_weight = (
+            torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+            if ctx.needs_input_grad[1]
+            else None
+        )
         for at in range(0, len(hidden), CHUNK):
             some = slice(at, at + CHUNK)
             change = torch.softmax(_logits(hidden[some], weight, ctx.temperature), -1).neg_()
@@ -55,18 +59,18 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if to_hidden is not None:
                 to_hidden[some] = change @ weight
             if to_weight is not None:
-                to_weight += (change.T @ hidden[some]).float()
+                to_weight += (change.T @ hidden[some]).to(to_weight.dtype)
         return to_hidden, None if to_weight is None else to_weight.to(weight.dtype), None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    return (hidden @ weight.T).float() / temperature
+    return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32)) / temperature
 
 
 def logprobs_of(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """(log p(targets), entropy), each [N] in float32, nats; hidden [N, D], weight [V, D] of the head, targets [N].
+    """(log p(targets), entropy), each [N] in float32, nats (float64 of float64).
 
-    The entropy has no gradient. No [N, V] tensor is ever held.
+    hidden: [N, D]. weight: [V, D], the head's. targets: [N]. The entropy has no gradient. No [N, V] is ever held.
     """
     logprobs, entropy = _ChunkedLogprobs.apply(hidden, weight, targets, temperature)  # type: ignore[no-untyped-call]
     return logprobs, entropy
@@ -131,8 +135,8 @@ def gae(
     """(advantages, returns), each [B, T], 0 where the mask is false (Schulman et al. 2016, arXiv:1506.02438, eq. 16).
 
     rewards, values, mask: [B, T] over the actions, of which a row may have any, in order, with others between. last:
-    [B], the value of the state after the last action: 0 where the reply has ended, what the critic says where it was cut
-    off. returns = advantages + values.
+    [B], the value of the state after the last action: 0 where the reply has ended, what the critic says where it was
+    cut off. returns = advantages + values.
     """
     advantages = torch.zeros_like(rewards)
     after, running = last, torch.zeros_like(last)
@@ -189,10 +193,10 @@ def importance(old: Tensor, drawn: Tensor, mask: Tensor, cap: float) -> Tensor:
 def preference_loss(
     chosen: Tensor, rejected: Tensor, margin: Tensor | float = 0.0, tie: Tensor | None = None, smoothing: float = 0.0
 ) -> Tensor:
-    """Bradley-Terry: -log sigmoid(chosen - rejected - margin) a pair [B] (Touvron et al. 2023, arXiv:2307.09288, eq. 2).
+    """Bradley-Terry: -log sigmoid(chosen - rejected - margin) a pair [B] (arXiv:2307.09288, eq. 2).
 
-    tie: [B] bool; a tie is half a win of each side. smoothing: the share of pairs that are held to be labelled the wrong
-    way round.
+    tie: [B] bool; a tie is half a win of each side. smoothing: the share of pairs that are held to be labelled the
+    wrong way round.
     """
     lead = chosen - rejected - margin
     wrong = torch.full_like(lead, smoothing)
@@ -216,7 +220,7 @@ def dpo_loss(
     kind: Literal["sigmoid", "ipo", "robust"] = "sigmoid",
     smoothing: float = 0.0,
 ) -> Tensor:
-    """The loss a pair [B]; chosen and rejected are log p - log p_ref of the whole replies (or, length-normalised, a token).
+    """The loss a pair [B]; chosen and rejected are log p - log p_ref of the replies (or, length-normalised, a token).
 
     sigmoid: arXiv:2305.18290, eq. 7, with `smoothing` as in cDPO. ipo: arXiv:2310.12036, eq. 17. robust:
     arXiv:2403.00409, eq. 12, unbiased where a share `smoothing` of the labels is flipped.

@@ -38,14 +38,16 @@ class Told:
 class Model:
     """A model and its chat template. Adapters are named; the base itself is None.
 
-    Dropout is off for good: a policy that says something else each time it is asked has no ratio to what it said before.
+    Dropout is off for good: a policy that differs each time it is asked has no ratio to what it was.
     """
 
     def __init__(self, base: Any, tokenizer: Any, name: str = ""):
         """Raises ModelError for a model whose log-probabilities would be computed wrongly."""
         config = base.config.get_text_config()
         if bent := [one for one in BENDING if getattr(config, one, None) not in (None, 1, 1.0)]:
-            raise ModelError(f"{name or type(base).__name__}: its logits are changed by {', '.join(bent)}; not supported")
+            raise ModelError(
+                f"{name or type(base).__name__}: its logits are changed by {', '.join(bent)}; not supported"
+            )
         self.base, self.name = base.eval(), name
         self.template = Template(tokenizer, end=_ends(base, tokenizer))
         self.adapters: Adapters | None = None

@@ -4,8 +4,8 @@ Schulman et al. 2017 (arXiv:1707.06347) as Ouyang et al. 2022 (arXiv:2203.02155)
 draw replies to some prompts, reward them, compute advantages, then change policy and critic in small steps.
 
 An action is a token of the reply. Its reward is minus `kl` times ln p - ln p_reference, and for the last one of a reply
-the reply's score besides. All sums are over the whole minibatch of all processes, so that it does not matter how rows are
-split into forward passes.
+the reply's score besides. All sums are over the whole minibatch of all processes, so that it does not matter how rows
+are split into forward passes.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from alignment.rollout import Engine, Reply
 from alignment.tokens import Batch, Row, batch, plan
 
 POLICY, CRITIC, VALUE = "policy", "critic", "value"
+SHAPE = LoraShape()
 Score = Callable[[Sequence[Reply]], Tensor]
 """Rewards of replies, [N]."""
 
@@ -115,13 +116,13 @@ class Experience:
 class Ppo:
     """The policy, its reference, its critic, and what changes them; `update` is one round.
 
-    All of them are one base: the reference is the base itself, the policy an adapter on it, the critic a head on another
-    adapter or on the policy's states.
+    All of them are one base: the reference is the base itself, the policy an adapter on it, the critic a head on
+    another adapter or on the policy's states.
     """
 
     def __init__(
         self, model: Model, settings: Settings, engine: Engine, score: Score, how: Adam, updates: int,
-        parallel: Parallel, shape: LoraShape = LoraShape(), critic_lr: float | None = None,
+        parallel: Parallel, shape: LoraShape = SHAPE, critic_lr: float | None = None,
     ):  # fmt: skip
         self.model, self.settings, self.engine, self.score, self.parallel = model, settings, engine, score, parallel
         policy = model.adapt(POLICY, shape)
@@ -136,7 +137,9 @@ class Ppo:
 
     # --- one update, top to bottom
 
-    def update(self, prompts: Sequence[tuple[int, ...]], seed: int, demonstrations: Sequence[Row] = ()) -> dict[str, float]:
+    def update(
+        self, prompts: Sequence[tuple[int, ...]], seed: int, demonstrations: Sequence[Row] = ()
+    ) -> dict[str, float]:
         """Its metrics. prompts: this process's part of them. demonstrations: rows to replay."""
         began, how = time.perf_counter(), self.settings
         replies = self.engine.draw(prompts, how.samples, how.limit, how.temperature, seed)
@@ -220,29 +223,32 @@ class Ppo:
 
     def learn(self, made: Experience, seed: int, demonstrations: Sequence[Row] = ()) -> dict[str, float]:
         """Changes policy and critic; returns metrics of the last step."""
-        how, metrics = self.settings, dict[str, float]()
-        steps = 0
+        how, steps, metrics = self.settings, 0, dict[str, float]()
+        each = min(self.parallel.gathered([min(how.minibatches, len(made.parts))]))  # the same in all processes
         for epoch in range(how.epochs):
-            for minibatch in _shuffled(made.parts, how.minibatches, f"{seed}:{epoch}"):
+            for minibatch in _shuffled(made.parts, each, f"{seed}:{epoch}"):
                 found = self._gradients(made, minibatch)
                 if how.stop is not None and found["ppo/kl"] > how.stop:
-                    self._forget()
+                    self.policy.forget()
+                    self.critic.forget()
                     return metrics | {"ppo/stopped": 1.0, "ppo/steps": steps}
-                steps += 1
-                metrics = found | {"ppo/stopped": 0.0, "ppo/steps": steps}
                 if demonstrations and how.replay:
-                    metrics["replay/loss"] = self._replay(demonstrations)
-                last = (epoch, minibatch) == (how.epochs - 1, minibatch) and steps == how.epochs * how.minibatches
-                if self.updates >= how.warmup:
-                    metrics["policy/grad"] = self.policy.step(count=last)
-                metrics["value/grad"] = self.critic.step(count=last)
+                    found["replay/loss"] = self._replay(demonstrations)
+                steps += 1
+                if self.updates < how.warmup:
+                    self.policy.forget()
+                else:
+                    found["policy/grad"] = self.policy.step(count=steps == 1)
+                found["value/grad"] = self.critic.step(count=steps == 1)
+                metrics = found | {"ppo/stopped": 0.0, "ppo/steps": steps}
         return metrics
 
     def _gradients(self, made: Experience, minibatch: Sequence[Sequence[int]]) -> dict[str, float]:
         """Adds the gradients of a minibatch to those that are there; returns its losses, ratios and KL."""
         how = self.settings
-        count = self.parallel.sum(sum((made.acts[list(part)].sum() for part in minibatch), torch.zeros((), device=made.acts.device)))
-        sums = torch.zeros(6, device=made.acts.device, dtype=torch.float64)
+        mine = [made.acts[list(part)].sum() for part in minibatch]
+        count = self.parallel.sum(torch.stack(mine).sum())
+        sums, farthest = torch.zeros(5, device=made.acts.device, dtype=torch.float64), 0.0
         for numbers in minibatch:
             some, cut = made.part(numbers)
             told, values = self._said(some)
@@ -253,21 +259,20 @@ class Ppo:
             ((policy + how.value_weight * value) / count).backward()
             with torch.no_grad():
                 ratio = torch.exp(torch.where(acts, told.logprobs - old, 0))
-                sums += torch.stack([
-                    policy, value, losses.clipped(told.logprobs, old, acts, how.clip),
-                    torch.where(acts, ratio - 1 - (told.logprobs - old), 0).sum(), torch.where(acts, told.entropy, 0).sum(),
-                    ((ratio - 1).abs() * acts).max(),
-                ])  # fmt: skip
-        policy_sum, value_sum, outside, kl, entropy, farthest = self.parallel.sum(sums).tolist()
-        n = float(count)
+                kl = torch.where(acts, ratio - 1 - (told.logprobs - old), 0).sum()
+                outside = losses.clipped(told.logprobs, old, acts, how.clip)
+                sums += torch.stack([policy, value, outside, kl, told.entropy.sum()])
+                farthest = max(farthest, float((ratio - 1).abs().max()))
+        policy_sum, value_sum, outside_sum, kl_sum, entropy_sum = (self.parallel.sum(sums) / count).tolist()
         return {
-            "policy/loss": policy_sum / n, "value/loss": value_sum / n, "policy/clipped": outside / n,
-            "ppo/kl": kl / n, "policy/entropy": entropy / n, "policy/farthest": farthest,
+            "policy/loss": policy_sum, "value/loss": value_sum, "policy/clipped": outside_sum, "ppo/kl": kl_sum,
+            "policy/entropy": entropy_sum, "policy/farthest": max(self.parallel.gathered([farthest])),
         }  # fmt: skip
 
     def _replay(self, rows: Sequence[Row]) -> float:
         """Adds the gradient of the demonstrations' loss a token, against the alignment tax; returns that loss."""
-        count = float(self.parallel.sum(torch.tensor(float(sum(sum(row.trained) for row in rows)))))
+        trained = sum([sum(row.trained) for row in rows])
+        count = float(self.parallel.sum(torch.tensor(float(trained))))
         total = 0.0
         for lines in plan([len(row) for row in rows], self.settings.tokens, 0):
             some = batch([[rows[i] for i in line] for line in lines]).to(self.model.device)
@@ -275,10 +280,6 @@ class Ppo:
             (self.settings.replay * loss / count).backward()
             total += float(loss.detach())
         return float(self.parallel.sum(torch.tensor(total))) / count
-
-    def _forget(self) -> None:
-        for one in (*self.policy.parameters, *self.critic.parameters):
-            one.grad = None
 
     def _moments(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, variance) over the actions of all processes."""
@@ -301,15 +302,17 @@ class Ppo:
         sums = [torch.where(acts, one, 0).sum() for one in (k1, k2, k3, made.entropy)]
         ended = sum(reply.finish == "stop" for reply in made.replies)
         engine = sum(sum(reply.drawn) for reply in made.replies)
-        mine = [n, acts.sum(), ended, made.scores.sum(), (made.scores**2).sum(), made.old.sum() - engine, *sums]
-        total = self.parallel.sum(torch.tensor([float(one) for one in mine], dtype=torch.float64)).tolist()
-        replies, tokens, ended, score, squares, apart, k1s, k2s, k3s, entropy = total
+        scores = (made.scores.sum(), (made.scores**2).sum())
+        mine = [float(one) for one in (acts.sum(), *scores, made.old.sum(), *sums)]
+        counts = [float(n), float(ended), engine]
+        total = self.parallel.sum(torch.tensor([*counts, *mine], dtype=torch.float64)).tolist()
+        replies, stopped, drawn, tokens, score, squares, old, k1s, k2s, k3s, entropy = total
         mean = score / replies
         return {
             "reward/mean": mean, "reward/std": max(squares / replies - mean**2, 0.0) ** 0.5,
             "kl/reply": k1s / replies, "kl/k1": k1s / tokens, "kl/k2": k2s / tokens, "kl/k3": k3s / tokens,
-            "kl/coefficient": self.kl, "reply/tokens": tokens / replies, "reply/ended": ended / replies,
-            "reply/entropy": entropy / tokens, "engine/apart": -apart / tokens, "replies": replies, "tokens": tokens,
+            "kl/coefficient": self.kl, "reply/tokens": tokens / replies, "reply/ended": stopped / replies,
+            "reply/entropy": entropy / tokens, "engine/k1": (drawn - old) / tokens, "replies": replies, "tokens": tokens,
             "lr": self.policy.lr,
         }  # fmt: skip
 

@@ -7,8 +7,9 @@ trainer itself, later; those that the engine used are kept beside them to tell h
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ class Engine(Protocol):
 
 
 class Local:
-    """Draws with the model itself, as many prompts at a time as `batch` says: all of a batch at once, with one cache."""
+    """Draws with the model itself: `batch` replies at once, with one cache."""
 
     def __init__(self, model: Model, adapter: str | None, batch: int = 64):
         self._model, self._adapter, self._batch = model, adapter, batch
@@ -74,7 +75,7 @@ class Local:
                 found |= {i: replies[k * samples : (k + 1) * samples] for k, i in enumerate(some)}
         return [reply for i in range(len(prompts)) for reply in found[i]]
 
-    def _merged(self):  # type: ignore[no-untyped-def]
+    def _merged(self) -> AbstractContextManager[None]:
         model = self._model
         if model.adapters is None or self._adapter is None:
             return model.on(None)
@@ -92,7 +93,6 @@ class Local:
         said: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
         drawn: list[list[float]] = [[] for _ in said]
         alive = list(range(len(said)))
-        ends = torch.tensor(sorted(model.template.end), device=model.device)
         for length in range(limit):
             tokens, chances = _drawn(logits, temperature, random)
             for i, token, chance in zip(alive, tokens.tolist(), chances.tolist(), strict=True):
@@ -108,7 +108,6 @@ class Local:
                 alive, tokens, mask = [alive[k] for k in keep.tolist()], tokens[keep], mask[keep]
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
             logits = self._step(tokens[:, None], mask, mask.sum(-1, keepdim=True) - 1, cache)
-        assert ends.numel()
         return [
             Reply(
                 prompts[i // samples], tuple(ids), tuple(chances), "stop" if ids[-1] in model.template.end else "length"
@@ -122,7 +121,8 @@ class Local:
         out = base.base_model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
-        return (out.last_hidden_state[:, -1] @ self._model.unembedding.T).float()
+        last: Tensor = out.last_hidden_state[:, -1]
+        return (last @ self._model.unembedding.T).float()
 
 
 def _drawn(logits: Tensor, temperature: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -137,4 +137,4 @@ def _left_padded(prompts: Sequence[tuple[int, ...]], device: torch.device) -> tu
     longest = max(map(len, prompts))
     ids = torch.tensor([[prompt[0]] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    return cast(Tensor, ids.to(device)), mask.to(device)
+    return ids.to(device), mask.to(device)

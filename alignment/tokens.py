@@ -1,8 +1,8 @@
 """Conversations as tokens: which of them are trained, and how many rows share a forward pass.
 
 Which tokens the assistant wrote is found by rendering the conversation up to each of its turns, so that it works with
-any chat template. Padding is told from lengths, never from a pad token: in many tokenizers that is the token which ends a
-turn.
+any chat template. Padding is told from lengths, never from a pad token: in many tokenizers that is the token which ends
+a turn.
 """
 
 from __future__ import annotations
@@ -70,15 +70,17 @@ class Template:
         """The tokens of a conversation that the assistant is to answer."""
         return tuple(self.tokenizer(self.text(messages, True, tools), add_special_tokens=False)["input_ids"])
 
-    def conversation(self, messages: Sequence[Message], turns: Turns = "all", tools: Sequence[Any] | None = None) -> Row:
+    def conversation(
+        self, messages: Sequence[Message], turns: Turns = "all", tools: Sequence[Any] | None = None
+    ) -> Row:
         """A conversation of which the assistant's turns, with the tokens that end them, are trained.
 
         Raises TemplateError: for a template in which a turn reads otherwise once others follow (train `last` then), or
         that does not end turns, and where nothing is trained.
         """
         whole = self.text(messages, tools=tools)
-        spans = [self._span(messages, i, whole, tools) for i, one in enumerate(messages) if one.role == "assistant"]
-        spans = spans[-1:] if turns == "last" else spans
+        said = [i for i, one in enumerate(messages) if one.role == "assistant"]
+        spans = [self._span(messages, i, whole, tools) for i in (said[-1:] if turns == "last" else said)]
         encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = tuple(encoded["input_ids"]), encoded["offset_mapping"]
         trained = [False] * len(ids)
@@ -98,7 +100,9 @@ class Template:
         """Where in the whole text what the assistant said in message `i` stands, with the end of its turn."""
         before, upto = self.text(messages[:i], True, tools), self.text(messages[: i + 1], tools=tools)
         if not whole.startswith(upto.rstrip()):
-            raise TemplateError(f"the template writes message {i} otherwise when others follow it; train turns = 'last'")
+            raise TemplateError(
+                f"the template writes message {i} otherwise when others follow it; train turns = 'last'"
+            )
         if not upto.startswith(before):
             raise TemplateError(f"the template does not begin message {i} as it asks for it, so no prompt leads to it")
         return len(before), len(upto)
@@ -109,7 +113,7 @@ class Template:
 
 
 def shared(chosen: Row, rejected: Row) -> Row:
-    """Both replies to one prompt as one row: the prompt, of which branch 0 is, then each reply, which sees not the other."""
+    """Both replies to one prompt as one row: the prompt as branch 0, then each reply, which does not see the other."""
     a, b = chosen.ids, rejected.ids
     limit = min(len(chosen.prompt), len(rejected.prompt))
     common = next((i for i in range(limit) if a[i] != b[i]), limit)
@@ -125,10 +129,10 @@ def shared(chosen: Row, rejected: Row) -> Row:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows side by side and behind each other. All are [B, T]; `allowed` is [B, 1, T, T] bool, None where causal is enough.
+    """Rows side by side and behind each other. All are [B, T]; `allowed` is [B, 1, T, T] bool, None for plain causal.
 
-    before: the column of the token that each one follows, its own for the first of a row. rows: of each token the number
-    of its row among those given, -1 for padding. branches: as in Row.
+    before: the column of the token that each one follows, its own for the first of a row. rows: of each token the
+    number of its row among those given, -1 for padding. branches: as in Row.
     """
 
     ids: Tensor
@@ -148,7 +152,8 @@ class Batch:
         """The same on another device."""
         tensors = (self.ids, self.positions, self.before, self.trained, self.rows, self.branches)
         allowed = self.allowed.to(device) if self.allowed is not None else None
-        return Batch(*[one.to(device) for one in tensors], allowed)
+        ids, positions, before, trained, rows, branches = (one.to(device) for one in tensors)
+        return Batch(ids, positions, before, trained, rows, branches, allowed)
 
     def last(self, branch: int = 0) -> Tensor:
         """[rows, 2]: (line, column) of the last token of each row, of this branch (0: of any)."""
@@ -203,8 +208,8 @@ def _before(row: Row) -> Tensor:
 
 
 def _allowed(rows: Tensor, branches: Tensor) -> Tensor:
-    """Token i sees j: of the same row, not later, and of the trunk or of the same branch. Padding sees itself alone, lest
-    its softmax be over nothing."""
+    """Token i sees j: of the same row, not later, and of the trunk or of the same branch. Padding sees itself alone,
+    lest its softmax be over nothing."""
     seen, sees = rows[:, None, :], rows[:, :, None]
     same = (seen == sees) & (sees >= 0)
     visible = (branches[:, None, :] == 0) | (branches[:, None, :] == branches[:, :, None])
@@ -216,8 +221,9 @@ def _allowed(rows: Tensor, branches: Tensor) -> Tensor:
 def plan(lengths: Sequence[int], budget: int, seed: int, packed: bool = False, pool: int = 50) -> list[list[list[int]]]:
     """How rows of these lengths go into batches: of each batch its lines, of each line the numbers of its rows.
 
-    Each row is in one place. A batch takes at most `budget` tokens with its padding, or one row. Rows of like length are
-    put together, within pools of `pool` batches at random, and the batches come in random order: same seed, same plan.
+    Each row is in one place. A batch takes at most `budget` tokens with its padding, or one row. Rows of like length
+    are put together, within pools of `pool` batches at random, and the batches come in random order: same seed, same
+    plan.
     packed: lines hold several rows, as many as fit beside each other in the longest.
     """
     order = random.Random(f"{seed}:rows")
@@ -230,6 +236,30 @@ def plan(lengths: Sequence[int], budget: int, seed: int, packed: bool = False, p
         batches += list(_filled(_lines(some, lengths, budget) if packed else [[i] for i in some], lengths, budget))
     order.shuffle(batches)
     return batches
+
+
+def schedule(
+    lengths: Sequence[int], rows: int, tokens: int, epochs: int, seed: int, packed: bool = False
+) -> list[list[list[list[int]]]]:
+    """The updates of a training: of each, its parts (a forward pass each), as `plan` gives them.
+
+    An update has `rows` rows, the last one of an epoch perhaps fewer; each row is in one update of every epoch. Rows of
+    like length come together, so that little is padding.
+    """
+    updates = []
+    for epoch in range(epochs):
+        order = random.Random(f"{seed}:{epoch}")
+        numbers = list(range(len(lengths)))
+        order.shuffle(numbers)
+        pools = [
+            sorted(numbers[at : at + 50 * rows], key=lambda i: lengths[i]) for at in range(0, len(numbers), 50 * rows)
+        ]
+        chunks = [pool[at : at + rows] for pool in pools for at in range(0, len(pool), rows)]
+        order.shuffle(chunks)
+        for chunk in chunks:
+            parts = plan([lengths[i] for i in chunk], tokens, seed, packed)
+            updates.append([[[chunk[k] for k in line] for line in lines] for lines in parts])
+    return updates
 
 
 def _lines(numbers: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -1,0 +1,103 @@
+"""Supervised fine-tuning on demonstrations: the assistant's own tokens are made more likely, nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from alignment import dataset, release, report
+from alignment import recipe as recipes
+from alignment.loop import Adam, Optimiser, Parallel, Part, Run, Tell, fit
+from alignment.lora import LoraShape
+from alignment.model import Model
+from alignment.records import Demonstration
+from alignment.tokens import Row, Turns, batch, fitting, schedule
+
+ADAPTER = "sft"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a model is tuned on demonstrations.
+
+    model: a checkpoint's folder. data: files of demonstrations; those of the split `test` measure. output: the run's
+    folder. rows: of an update, over all processes. tokens: of a forward pass with its padding. max_length: longer rows
+    are left out. turns: which of the assistant's turns are trained. packed: several rows in a line, which do not see
+    each other. lora: None trains all weights. device: empty for a GPU where there is one. often: updates between two
+    measurements, 0 for the first and the last only.
+    """
+
+    model: Path
+    data: tuple[Path, ...]
+    output: Path
+    epochs: int = 1
+    rows: int = 16
+    tokens: int = 4096
+    max_length: int = 1024
+    turns: Turns = "all"
+    packed: bool = True
+    lora: LoraShape | None = field(default_factory=LoraShape)
+    optimiser: Adam = field(default_factory=Adam)
+    seed: int = 0
+    device: str = ""
+    often: int = 50
+    checkpoint: int = 50
+
+
+def train(how: Recipe, tell: Tell = print) -> Path:
+    """The release that the recipe makes; its run's folder has metrics, checkpoints and a report."""
+    parallel = Parallel(how.device)
+    torch.manual_seed(how.seed)
+    model = Model.load(how.model, str(parallel.device))
+    sets = [dataset.read(path, Demonstration) for path in how.data]
+    rows, held_out = (_rows(model, sets, split, how, tell) for split in ("train", "test"))
+    updates = schedule([len(row) for row in rows], how.rows, how.tokens, how.epochs, how.seed, how.packed)
+    run = Run.open(how.output, recipes.dump(how), len(updates), parallel, tell, how.checkpoint)
+    adapter = ADAPTER if how.lora else None
+    parameters = model.adapt(ADAPTER, how.lora) if how.lora else list(model.base.parameters())
+    optimiser = Optimiser(parameters, how.optimiser, len(updates), parallel)
+
+    def forward(lines: Sequence[Sequence[int]]) -> Part:
+        return loss(model, adapter, [[rows[i] for i in line] for line in lines])
+
+    def measure() -> Mapping[str, float]:
+        return evaluate(model, adapter, held_out, how.tokens) if held_out else {}
+
+    fit(run, optimiser, updates, forward, measure, how.often)
+    results = measure()
+    if parallel.leads:
+        provenance = release.Provenance(
+            "sft", str(how.model), recipes.dump(how), {str(one.path): one.fingerprint for one in sets}, results
+        )
+        release.write(model, adapter, how.output / "release", provenance)
+        report.write(how.output, "Supervised fine-tuning")
+    parallel.wait()
+    return how.output / "release"
+
+
+def _rows(model: Model, sets: Sequence[dataset.Dataset], split: str, how: Recipe, tell: Tell) -> list[Row]:
+    records = [one for some in sets for one in some.records if one.split == split]
+    return fitting([model.template.conversation(one.messages, how.turns) for one in records], how.max_length, tell)
+
+
+def loss(model: Model, adapter: str | None, lines: Sequence[Sequence[Row]]) -> Part:
+    """The sum of -ln p over the trained tokens, in nats, and their number."""
+    some = batch(lines).to(model.device)
+    told = model.told(some, model.states(some, adapter))
+    count = float(some.trained.sum())
+    return Part(-told.logprobs.sum(), count, {"entropy": float(told.entropy.sum())})
+
+
+@torch.no_grad()
+def evaluate(model: Model, adapter: str | None, rows: Sequence[Row], tokens: int) -> dict[str, float]:
+    """The loss a token and the perplexity on rows that are not trained."""
+    total = count = 0.0
+    for [parts] in [schedule([len(row) for row in rows], len(rows), tokens, 1, 0)]:
+        for lines in parts:
+            part = loss(model, adapter, [[rows[i] for i in line] for line in lines])
+            total, count = total + float(part.loss), count + part.count
+    return {"test/loss": total / count, "test/perplexity": math.exp(total / count)}

@@ -10,21 +10,30 @@ are split into forward passes.
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from alignment import losses
-from alignment.loop import Adam, Optimiser, Parallel
+from alignment import dataset, losses, release, report
+from alignment import recipe as recipes
+from alignment.judging import Judge, samples
+from alignment.loop import Adam, Optimiser, Parallel, Run, Tell
 from alignment.lora import LoraShape
 from alignment.model import Model
-from alignment.rollout import Engine, Reply
+from alignment.monitor import Bounds
+from alignment.records import Demonstration
+from alignment.reward import RewardModel
+from alignment.rewards import Lagrange, Source
+from alignment.rollout import Engine, Local, Reply
 from alignment.tokens import Batch, Row, batch, plan
+from guardrails.types import Message
 
 POLICY, CRITIC, VALUE = "policy", "critic", "value"
 SHAPE = LoraShape()
@@ -122,18 +131,30 @@ class Ppo:
 
     def __init__(
         self, model: Model, settings: Settings, engine: Engine, score: Score, how: Adam, updates: int,
-        parallel: Parallel, shape: LoraShape = SHAPE, critic_lr: float | None = None,
+        parallel: Parallel, shape: LoraShape = SHAPE, critic_lr: float | None = None, critic_from: Path | None = None,
     ):  # fmt: skip
+        """critic_from: a reward model on the same base, as whose first member the critic begins."""
         self.model, self.settings, self.engine, self.score, self.parallel = model, settings, engine, score, parallel
         policy = model.adapt(POLICY, shape)
         critic = model.adapt(CRITIC, shape) if settings.critic == "adapter" else []
-        if VALUE not in model.heads:
-            model.head(VALUE)
-            torch.nn.init.zeros_(model.heads[VALUE].weight)  # type: ignore[arg-type]
+        model.head(VALUE)
+        torch.nn.init.zeros_(model.heads[VALUE].weight)  # type: ignore[arg-type]
+        if critic_from:
+            self._begin_critic(critic_from)
         critic = [*critic, *model.heads[VALUE].parameters()]
         self.policy = Optimiser(policy, how, updates, parallel)
         self.critic = Optimiser(critic, replace(how, lr=critic_lr or how.lr), updates, parallel)
         self.kl, self.updates = settings.kl.coefficient, 0
+
+    def _begin_critic(self, folder: Path) -> None:
+        """Gives the critic what a reward model knows: of a whole reply it says then what the reward will be."""
+        judge = RewardModel.load(self.model, folder, "critic-from")
+        if self.settings.critic == "adapter":
+            judge.adapters.copy(judge.members[0], CRITIC)
+        with torch.no_grad():
+            value, theirs = self.model.heads[VALUE], self.model.heads[judge.members[0]]
+            value.weight.copy_(theirs.weight[:1])  # type: ignore[operator, index]
+            value.bias.copy_(theirs.bias[:1])  # type: ignore[operator, index]
 
     # --- one update, top to bottom
 
@@ -312,8 +333,8 @@ class Ppo:
             "reward/mean": mean, "reward/std": max(squares / replies - mean**2, 0.0) ** 0.5,
             "kl/reply": k1s / replies, "kl/k1": k1s / tokens, "kl/k2": k2s / tokens, "kl/k3": k3s / tokens,
             "kl/coefficient": self.kl, "reply/tokens": tokens / replies, "reply/ended": stopped / replies,
-            "reply/entropy": entropy / tokens, "engine/k1": (drawn - old) / tokens, "replies": replies, "tokens": tokens,
-            "lr": self.policy.lr,
+            "reply/entropy": entropy / tokens, "engine/k1": (drawn - old) / tokens,
+            "replies": replies, "tokens": tokens, "lr": self.policy.lr,
         }  # fmt: skip
 
     # --- going on after a crash
@@ -335,3 +356,115 @@ def _shuffled(parts: Sequence[list[int]], minibatches: int, seed: str) -> list[l
     random.Random(seed).shuffle(order)
     count = min(minibatches, len(order))
     return [order[i::count] for i in range(count)]
+
+
+# --- a run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a policy is made from a model that was tuned on demonstrations.
+
+    model: that model's folder, also the reference. prompts: files of any records; those of the split `test` measure.
+    rewards: at least one; those with a limit are constraints. critic: a reward model's folder, whose first member the
+    critic begins as. held_out: a reward model that is not trained on, whose score tells of reward hacking.
+    demonstrations: rows to replay with the weight `ppo.replay`. max_prompt: tokens; longer ones are left out. batch:
+    replies drawn at once. often: updates between two measurements and samples, for which `shown` prompts are asked.
+    """
+
+    model: Path
+    prompts: tuple[Path, ...]
+    output: Path
+    rewards: tuple[Source, ...]
+    updates: int = 100
+    ppo: Settings = field(default_factory=Settings)
+    critic: Path | None = None
+    held_out: Path | None = None
+    demonstrations: tuple[Path, ...] = ()
+    max_prompt: int = 512
+    lora: LoraShape = field(default_factory=LoraShape)
+    optimiser: Adam = field(default_factory=lambda: Adam(lr=2e-5, eps=1e-5, schedule="constant"))
+    critic_lr: float | None = 1e-4
+    lagrange: Lagrange = field(default_factory=Lagrange)
+    bounds: Bounds = field(default_factory=Bounds)
+    batch: int = 64
+    seed: int = 0
+    device: str = ""
+    often: int = 25
+    shown: int = 16
+    checkpoint: int = 10
+
+    def __post_init__(self) -> None:
+        if not self.rewards or all(one.limit is not None for one in self.rewards):
+            raise ValueError("rewards has at least one that is no constraint (without a limit)")
+        names = [one.name for one in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError("every reward has a name of its own")
+
+
+def train(how: Recipe, tell: Tell = print) -> Path:
+    """The release that the recipe makes; its run's folder has metrics, checkpoints, samples and a report.
+
+    Raises Diverged, Hacked, RewardError; the run goes on from its last checkpoint when it is started again.
+    """
+    parallel = Parallel(how.device)
+    torch.manual_seed(how.seed)
+    model = Model.load(how.model, str(parallel.device))
+    files = [dataset.read(path) for path in how.prompts]
+    train, test = (_prompts(model, files, split, how.max_prompt, tell) for split in ("train", "test"))
+    judge = Judge(model, how.rewards, train | test, how.lagrange, how.bounds, how.held_out)
+    demonstrations = [dataset.read(path, Demonstration) for path in how.demonstrations]
+    replayed = [model.template.conversation(one.messages) for some in demonstrations for one in some.records]
+    engine, first = Local(model, POLICY, how.batch), Local(model, None, how.batch)
+    made = Ppo(
+        model, how.ppo, engine, judge.score, how.optimiser, how.updates, parallel, how.lora, how.critic_lr, how.critic
+    )  # fmt: skip
+    run = Run.open(how.output, recipes.dump(how), how.updates, parallel, tell, how.checkpoint)
+    if state := run.resume():
+        made.restore(state["ppo"])
+        judge.restore(state["judge"])
+    order, shown = _order(list(train), how), list(test)[: how.shown]
+    before = judge.replied(first, shown, how.ppo.limit)
+    while run.step < how.updates:
+        seed = how.seed * 1_000_003 + run.step
+        again = random.Random(f"{seed}:replay").sample(replayed, min(len(replayed), how.ppo.prompts))
+        found = made.update(parallel.share(order[run.step]), seed, parallel.share(again))
+        found |= judge.settled(found, parallel)
+        if shown and ((run.step + 1) % how.often == 0 or run.step + 1 == how.updates):
+            after = judge.replied(engine, shown, how.ppo.limit)
+            found["test/score"] = sum(score for _, score in after) / len(after)
+            run.samples(samples(before, after))
+        run.record(found, lambda: {"ppo": made.state(), "judge": judge.state()})
+    results = judge.compared(engine, first, list(test), how.ppo.limit)
+    if parallel.leads:
+        (how.output / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
+        data = {str(one.path): one.fingerprint for one in (*files, *demonstrations)}
+        card = release.Provenance("ppo", str(how.model), recipes.dump(how), data, results)
+        release.write(model, POLICY, how.output / "release", card)
+        report.write(how.output, "Proximal policy optimisation")
+    parallel.wait()
+    return how.output / "release"
+
+
+def _prompts(
+    model: Model, files: Sequence[dataset.Dataset[Any]], split: str, longest: int, tell: Tell
+) -> dict[tuple[int, ...], tuple[Message, ...]]:
+    """The messages behind the tokens of each prompt, each prompt once."""
+    asked = [dataset.prompt_of(one) for some in files for one in some.records if one.split == split]
+    found = {model.template.prompt(messages): messages for messages in asked}
+    kept = {ids: messages for ids, messages in found.items() if len(ids) <= longest}
+    if len(kept) < len(found):
+        tell(f"{len(found) - len(kept)} of {len(found)} prompts are longer than {longest} tokens (max_prompt)")
+    return kept
+
+
+def _order(prompts: Sequence[tuple[int, ...]], how: Recipe) -> list[list[tuple[int, ...]]]:
+    """The prompts of every update: all of them once, in random order, before one comes again."""
+    if len(prompts) < how.ppo.prompts:
+        raise ValueError(f"there are {len(prompts)} prompts to train on and ppo.prompts is {how.ppo.prompts}")
+    found: list[tuple[int, ...]] = []
+    for epoch in range(-(-how.updates * how.ppo.prompts // len(prompts))):
+        again = list(prompts)
+        random.Random(f"{how.seed}:{epoch}:prompts").shuffle(again)
+        found += again
+    return [found[i * how.ppo.prompts : (i + 1) * how.ppo.prompts] for i in range(how.updates)]

@@ -15,7 +15,7 @@ from alignment.loop import Adam, Optimiser, Parallel, Part, Run, Tell, fit
 from alignment.lora import LoraShape
 from alignment.model import Model
 from alignment.records import Demonstration
-from alignment.tokens import Row, Turns, batch, fitting, schedule
+from alignment.tokens import Row, Turns, batch, fitting, plan, schedule
 
 ADAPTER = "sft"
 
@@ -96,8 +96,7 @@ def loss(model: Model, adapter: str | None, lines: Sequence[Sequence[Row]]) -> P
 def evaluate(model: Model, adapter: str | None, rows: Sequence[Row], tokens: int) -> dict[str, float]:
     """The loss a token and the perplexity on rows that are not trained."""
     total = count = 0.0
-    for [parts] in [schedule([len(row) for row in rows], len(rows), tokens, 1, 0)]:
-        for lines in parts:
-            part = loss(model, adapter, [[rows[i] for i in line] for line in lines])
-            total, count = total + float(part.loss), count + part.count
+    for lines in plan([len(row) for row in rows], tokens, 0):
+        part = loss(model, adapter, [[rows[i] for i in line] for line in lines])
+        total, count = total + float(part.loss), count + part.count
     return {"test/loss": total / count, "test/perplexity": math.exp(total / count)}

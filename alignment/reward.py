@@ -1,0 +1,607 @@
+"""A reward model from preferences: several members on one frozen base, each an adapter and a head with a score.
+
+A member's score of a reply is what its head reads after the reply's last token. Members differ in how they begin and in
+the order in which they see the pairs; where they disagree, none of them is to be believed (Coste et al. 2023,
+arXiv:2310.02743). A head has one output an objective. A pair whose slice is named after an objective (`harmless`, or
+`harmless/...`) trains that one, any other pair the first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from alignment import calibration, dataset, release, report
+from alignment import recipe as recipes
+from alignment.calibration import Interval, wilson
+from alignment.loop import Adam, Optimiser, Parallel, Part, Run, Tell, fit
+from alignment.lora import CONFIG, Adapters, LoraShape
+from alignment.losses import centring, preference_loss
+from alignment.model import Model, ModelError
+from alignment.records import Demonstration, PreferencePair
+from alignment.tokens import Batch, Row, batch, plan, schedule, shared
+
+NAME = "reward"
+MANIFEST, HEADS = "reward.json", "heads.safetensors"
+EVALUATION, CALIBRATION = "evaluation.json", "calibration.json"
+OVER_REFUSAL = "over-refusal"
+"""The slice, or the last part of one's name, of pairs in which help is preferred to a needless refusal."""
+PROBE = "Zürich, 3 x 4 = 12?\n\tdef f(): return '…'  END"
+"""A text that tokenizers which are not the same cut differently."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a reward model is trained.
+
+    model: the checkpoint's folder that the policy will start from too. data: files of preference pairs; those of the
+    split `test` measure, and half of them set the temperature. output: the run's folder. objectives: what the heads
+    have outputs for. members: of the ensemble. rows: pairs an update, of each member. tokens: of a forward pass with
+    its padding. max_length: of a prompt with both replies; longer pairs are left out. shared: the prompt is computed
+    once for both replies. packed: several pairs in a line. smoothing: the share of labels that are held to be wrong.
+    centring: weight of (chosen + rejected)^2, which keeps scores around 0. zeroed: biases are set at the end so that
+    scores are 0 on average on the demonstrations in `zero`, or on chosen replies where there are none. close: lengths
+    that differ by less than this share count as the same. often: updates between two measurements on `watched`
+    held-out pairs, 0 for the first and the last only. device: empty for a GPU where there is one.
+    """
+
+    model: Path
+    data: tuple[Path, ...]
+    output: Path
+    objectives: tuple[str, ...] = (NAME,)
+    members: int = 3
+    epochs: int = 1
+    rows: int = 32
+    tokens: int = 2048
+    max_length: int = 1024
+    shared: bool = True
+    packed: bool = False
+    smoothing: float = 0.0
+    centring: float = 0.01
+    zeroed: bool = True
+    zero: tuple[Path, ...] = ()
+    lora: LoraShape = field(default_factory=LoraShape)
+    optimiser: Adam = field(default_factory=Adam)
+    close: float = 0.15
+    watched: int = 200
+    seed: int = 0
+    device: str = ""
+    often: int = 50
+    checkpoint: int = 50
+
+    def __post_init__(self) -> None:
+        if self.members < 1 or not self.objectives:
+            raise ValueError("a reward model has at least one member and one objective")
+        if not 0 <= self.smoothing < 0.5:
+            raise ValueError("smoothing is at least 0 and under 0.5, where labels would say nothing")
+
+
+def train(how: Recipe, tell: Tell = print) -> Path:
+    """The folder of the reward model that the recipe makes; its run's folder has metrics, calibration and a report."""
+    parallel = Parallel(how.device)
+    model = Model.load(how.model, str(parallel.device))
+    sets = [dataset.read(path, PreferencePair) for path in how.data]
+    pairs, held_out = (_pairs(model, sets, split, how, tell) for split in ("train", "test"))
+    _check_objectives(pairs, how.objectives)
+    reward = RewardModel.new(model, how.members, how.objectives, how.lora, how.seed, tokens=how.tokens)
+    updates = scheduled(pairs, how)
+    run = Run.open(how.output, recipes.dump(how), len(updates), parallel, tell, how.checkpoint)
+    optimisers = [Optimiser(reward.parameters(name), how.optimiser, len(updates), parallel) for name in reward.members]
+
+    def forward(item: Item) -> Part:
+        return loss(reward, item, [[pairs[i] for i in line] for line in item.lines], how)
+
+    def measure() -> Mapping[str, float]:
+        return watched(reward, held_out[: how.watched], how.close) if held_out else {}
+
+    fit(run, Together(optimisers), updates, forward, measure, how.often)
+    if how.zeroed:
+        reward.zero(_examples(model, how, pairs))
+    results = judged(reward, held_out, how.close) if held_out else {}
+    if parallel.leads:
+        _write(how, reward, results, sets)
+    parallel.wait()
+    return how.output / "release"
+
+
+# --- pairs as tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two replies to a prompt, the better one first, as rows of tokens. objective: the output that it trains."""
+
+    chosen: Row
+    rejected: Row
+    objective: int = 0
+    margin: float = 0.0
+    tie: bool = False
+    weight: float = 1.0
+    slice: str = ""
+
+    @property
+    def both(self) -> Row:
+        """Both as one row, with the prompt once."""
+        return shared(self.chosen, self.rejected)
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of the two replies."""
+        return sum(self.chosen.trained), sum(self.rejected.trained)
+
+
+def paired(model: Model, record: PreferencePair, objectives: Sequence[str]) -> Pair:
+    """A pair's tokens: each reply with the token that ends it, as a policy says it. Raises TemplateError."""
+    return Pair(
+        model.template.reply(record.prompt, record.chosen),
+        model.template.reply(record.prompt, record.rejected),
+        objective_of(record.slice, objectives),
+        record.margin or 0.0,
+        record.tie,
+        record.weight,
+        record.slice,
+    )
+
+
+def objective_of(slice: str, objectives: Sequence[str]) -> int:
+    """The number of the objective that a slice is named after, 0 for any other."""
+    name = slice.partition("/")[0]
+    return objectives.index(name) if name in objectives else 0
+
+
+def _pairs(
+    model: Model, sets: Sequence[dataset.Dataset[PreferencePair]], split: str, how: Recipe, tell: Tell
+) -> list[Pair]:
+    records = [one for some in sets for one in some.records if one.split == split]
+    made = [paired(model, one, how.objectives) for one in records]
+    kept = [one for one in made if len(one.both) <= how.max_length]
+    if len(kept) < len(made):
+        tell(f"{len(made) - len(kept)} of {len(made)} pairs are longer than {how.max_length} tokens and left out")
+    return kept
+
+
+def _check_objectives(pairs: Sequence[Pair], objectives: Sequence[str]) -> None:
+    if not pairs:
+        raise ModelError("there are no pairs to train on: none is of the split `train`, or all are over max_length")
+    if untrained := [name for k, name in enumerate(objectives) if not any(one.objective == k for one in pairs)]:
+        slices = ", ".join(sorted({one.slice or "(none)" for one in pairs})[:12])
+        raise ModelError(
+            f"no pair trains the objective {untrained[0]}: pairs do whose slice has its name; the slices are {slices}"
+        )
+
+
+# --- the model
+
+
+class RewardModel:
+    """Members on a model's base, each an adapter and a head of the same name; scores are higher for better replies.
+
+    objectives: of the heads' outputs, in order. temperature: sigmoid of a difference of scores by it is the chance that
+    the first reply is preferred. tokens: of a forward pass with its padding.
+    """
+
+    def __init__(
+        self, model: Model, members: Sequence[str], objectives: Sequence[str], temperature: float = 1.0,
+        tokens: int = 4096,
+    ):  # fmt: skip
+        self.model, self.members, self.objectives = model, tuple(members), tuple(objectives)
+        self.temperature, self.tokens = temperature, tokens
+
+    @classmethod
+    def new(
+        cls, model: Model, members: int, objectives: Sequence[str], shape: LoraShape, seed: int = 0, name: str = NAME,
+        tokens: int = 4096,
+    ) -> RewardModel:  # fmt: skip
+        """One that knows nothing yet; a member begins the same however many others there are."""
+        names = [f"{name}-{i}" for i in range(members)]
+        for i, one in enumerate(names):
+            torch.manual_seed(_seed(seed, i))
+            model.adapt(one, shape)
+            model.head(one, len(objectives))
+        return cls(model, names, objectives, tokens=tokens)
+
+    def parameters(self, member: str) -> list[nn.Parameter]:
+        """The parameters of a member: of its adapter and of its head."""
+        return [*self.adapters.parameters(member), *self.model.heads[member].parameters()]
+
+    @property
+    def adapters(self) -> Adapters:
+        """The base's adapters, the members' among them."""
+        if self.model.adapters is None:
+            raise ModelError("the model has no adapters, and so no members of a reward model")
+        return self.model.adapters
+
+    def read(self, some: Batch, member: str, branches: Sequence[int] = (0,)) -> list[Tensor]:
+        """A member's scores after the last token of these branches of each row, each [rows, objectives] in float32."""
+        states = self.model.states(some, member)
+        places = [some.last(branch).unbind(-1) for branch in branches]
+        return [self.model.heads[member](states[line, column].float()) for line, column in places]
+
+    def compared(self, lines: Sequence[Sequence[Pair]], member: str, once: bool = True) -> tuple[Tensor, Tensor]:
+        """A member's scores of (chosen, rejected), each [pairs, objectives]. once: the prompt is computed once."""
+        device = self.model.device
+        if once:
+            chosen, rejected = self.read(
+                batch([[one.both for one in line] for line in lines]).to(device), member, (1, 2)
+            )
+            return chosen, rejected
+        apart = [[row] for line in lines for one in line for row in (one.chosen, one.rejected)]
+        [found] = self.read(batch(apart).to(device), member)
+        return found[::2], found[1::2]
+
+    @torch.no_grad()
+    def each(self, rows: Sequence[Row]) -> Tensor:
+        """What every member says of every reply, [members, rows, objectives]."""
+        found = torch.zeros(len(self.members), len(rows), len(self.objectives), device=self.model.device)
+        for lines in plan([len(row) for row in rows], self.tokens, 0):
+            some = batch([[rows[i] for i in line] for line in lines]).to(self.model.device)
+            numbers = [i for line in lines for i in line]
+            for k, member in enumerate(self.members):
+                [found[k, numbers]] = self.read(some, member)
+        return found
+
+    def scores(self, rows: Sequence[Row], objective: str | None = None) -> tuple[Tensor, Tensor]:
+        """(mean, spread) of the members' scores of replies, each [rows].
+
+        rows: prompt and reply with the token that ends it, or without where it was cut off. objective: None for the
+        first. spread: the standard deviation over the members, 0 of a single one. Raises ModelError.
+        """
+        found = self.each(rows)[..., self._output(objective)]
+        return found.mean(0), found.std(0, correction=0)
+
+    def _output(self, objective: str | None) -> int:
+        if objective is not None and objective not in self.objectives:
+            raise ModelError(f"the reward model knows no objective {objective}, but {', '.join(self.objectives)}")
+        return self.objectives.index(objective) if objective else 0
+
+    @torch.no_grad()
+    def zero(self, rows: Sequence[Row]) -> None:
+        """Sets the biases so that every member's scores of these replies are 0 on average.
+
+        Pairs say nothing of where 0 is; without this members would differ by it, and their spread mean nothing.
+        """
+        for member, mean in zip(self.members, self.each(rows).mean(1), strict=True):
+            cast(nn.Linear, self.model.heads[member]).bias.sub_(mean)
+
+    def save(self, folder: Path) -> Path:
+        """The folder: `members/N/` with the adapters as PEFT has them, the heads, and what they belong to."""
+        heads: dict[str, Tensor] = {}
+        for i, member in enumerate(self.members):
+            self.adapters.save(member, folder / "members" / str(i), self.model.name)
+            heads |= {
+                f"{i}.{name}": one.detach().contiguous() for name, one in self.model.heads[member].named_parameters()
+            }
+        save_file(heads, folder / HEADS)
+        manifest = {
+            "base": self.model.name,
+            **lineage(self.model),
+            "objectives": self.objectives,
+            "members": len(self.members),
+            "temperature": self.temperature,
+            "shape": asdict(self.adapters.shapes[self.members[0]]),
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        return folder
+
+    @classmethod
+    def load(cls, model: Model, folder: Path, name: str = NAME, tokens: int = 4096) -> RewardModel:
+        """The reward model in a folder, its members added to a model of the same base as `NAME-0` and so on.
+
+        Raises ModelError where the model has another tokenizer, chat template or weights, or there is no such folder.
+        """
+        try:
+            manifest = json.loads((folder / MANIFEST).read_text())
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{folder} holds no reward model: {error}") from None
+        _check_lineage(model, manifest, folder)
+        heads = load_file(folder / HEADS, device=str(model.device))
+        made = cls(
+            model, [f"{name}-{i}" for i in range(manifest["members"])], manifest["objectives"],
+            manifest["temperature"], tokens,
+        )  # fmt: skip
+        for i, member in enumerate(made.members):
+            _load_adapter(model, member, folder / "members" / str(i))
+            model.head(member, len(made.objectives))
+            model.heads[member].load_state_dict({key: heads[f"{i}.{key}"] for key in ("weight", "bias")})
+            for one in made.parameters(member):
+                one.requires_grad_(False)
+        return made
+
+
+def _load_adapter(model: Model, name: str, folder: Path) -> None:
+    if model.adapters is None:
+        model.adapters = Adapters(model.base, tuple(json.loads((folder / CONFIG).read_text())["target_modules"]))
+    try:
+        model.adapters.load(name, folder)
+    except ValueError as error:
+        raise ModelError(f"{folder}: {error}; load the reward model before an adapter on fewer layers") from None
+
+
+def _seed(seed: int, member: int) -> int:
+    return seed * 1009 + member
+
+
+# --- what belongs together
+
+
+def lineage(model: Model) -> dict[str, str]:
+    """Hashes of what scores depend on beside the adapters: tokenizer, chat template and the base's weights.
+
+    Of each weight up to 64 values, in bfloat16: the hash is the same in whatever precision the model is loaded.
+    """
+    words = model.tokenizer
+    said = [sorted(words.get_vocab().items()), words(PROBE, add_special_tokens=False)["input_ids"]]
+    weights = hashlib.sha256()
+    with model.adapters.unwrapped() if model.adapters else model.on(None):
+        for name, one in sorted(model.base.named_parameters()):
+            flat = one.detach().flatten()
+            some = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16).float().cpu()
+            weights.update(f"{name}{tuple(one.shape)}".encode() + some.numpy().tobytes())
+    return {
+        "tokenizer": hashlib.sha256(json.dumps(said).encode()).hexdigest(),
+        "template": hashlib.sha256(words.chat_template.encode()).hexdigest(),
+        "weights": weights.hexdigest(),
+    }
+
+
+def _check_lineage(model: Model, manifest: Mapping[str, Any], folder: Path) -> None:
+    mine = lineage(model)
+    if differ := [name for name, one in mine.items() if manifest.get(name) != one]:
+        raise ModelError(
+            f"the reward model in {folder} was trained on {manifest.get('base')}; {model.name} has another "
+            f"{' and another '.join(differ)}, so its scores would mean nothing. Start from the model that the reward "
+            "model was trained on, or train a reward model on this one."
+        )
+
+
+# --- learning
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A member's part of an update. lines: numbers of pairs that share a forward pass. share: what they count, so that
+    the update's mean is the mean of the members' own means."""
+
+    member: int
+    lines: Sequence[Sequence[int]]
+    share: float
+
+
+def scheduled(pairs: Sequence[Pair], how: Recipe) -> list[list[Item]]:
+    """The updates: of each, the parts of all members, which see the pairs in orders of their own."""
+    lengths = [len(one.both) for one in pairs]
+    room = how.tokens if how.shared else how.tokens // 2  # two whole rows are less than twice as long
+    orders = [
+        schedule(lengths, how.rows, room, how.epochs, _seed(how.seed, k), how.packed and how.shared)
+        for k in range(how.members)
+    ]
+    updates = []
+    for parts in zip(*orders, strict=True):
+        counts = [sum(len(line) for lines in some for line in lines) for some in parts]
+        shares = [sum(counts) / (how.members * count) for count in counts]
+        updates.append([Item(k, lines, shares[k]) for k, some in enumerate(parts) for lines in some])
+    return updates
+
+
+def loss(reward: RewardModel, item: Item, lines: Sequence[Sequence[Pair]], how: Recipe) -> Part:
+    """The sum of the losses of a member's pairs: Bradley-Terry, and the centring."""
+    pairs = [one for line in lines for one in line]
+    device = reward.model.device
+    chosen, rejected = (
+        one[torch.arange(len(pairs)), [pair.objective for pair in pairs]]
+        for one in reward.compared(lines, reward.members[item.member], how.shared)
+    )
+    margin, weight = (
+        torch.tensor(one, device=device) for one in ([p.margin for p in pairs], [p.weight for p in pairs])
+    )
+    tie = torch.tensor([pair.tie for pair in pairs], device=device)
+    each = preference_loss(chosen, rejected, margin, tie, how.smoothing) + how.centring * centring(chosen, rejected)
+    lead = (chosen - rejected).detach()
+    sums = {
+        "accuracy": float(torch.where(tie, 0.5, (lead > 0).float()).sum()),
+        "reward/lead": float(lead.sum()),
+        "reward/mean": float((chosen + rejected).sum().detach() / 2),
+    }
+    return Part(item.share * (weight * each).sum(), len(pairs), {k: item.share * v for k, v in sums.items()})
+
+
+class Together(Optimiser):
+    """The optimisers of members that learn side by side, each as if it were alone."""
+
+    def __init__(self, each: Sequence[Optimiser]):
+        self.each = list(each)
+        self.parameters = [one for optimiser in self.each for one in optimiser.parameters]
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the next update."""
+        return self.each[0].lr
+
+    def step(self, count: bool = True) -> float:
+        """The mean of the norms of the members' gradients, of which each is clipped by itself. Raises Diverged.
+
+        The gradients are of a mean over all members; each member's own is so many times as large.
+        """
+        torch._foreach_mul_([one.grad for one in self.parameters if one.grad is not None], float(len(self.each)))
+        return sum(optimiser.step(count) for optimiser in self.each) / len(self.each)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` takes."""
+        return {"each": [optimiser.state() for optimiser in self.each]}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes weights and moments of all members back to the bit."""
+        for optimiser, kept in zip(self.each, state["each"], strict=True):
+            optimiser.restore(kept)
+
+
+def _examples(model: Model, how: Recipe, pairs: Sequence[Pair], most: int = 256) -> list[Row]:
+    """Replies that are worth 0 on average, evenly from all there are."""
+    if how.zero:
+        records = [one for path in how.zero for one in dataset.read(path, Demonstration).records]
+        rows = [model.template.conversation(one.messages, "last") for one in records]
+        rows = [row for row in rows if len(row) <= how.max_length]
+    else:
+        rows = [one.chosen for one in pairs]
+    return rows[:: max(1, len(rows) // most)][:most]
+
+
+# --- measuring
+
+
+@torch.no_grad()
+def leads(reward: RewardModel, pairs: Sequence[Pair]) -> Tensor:
+    """By how much each member prefers the chosen reply of each pair, in the pair's own objective: [members, pairs]."""
+    found = torch.zeros(len(reward.members), len(pairs), device=reward.model.device)
+    rows = [one.both for one in pairs]
+    for lines in plan([len(row) for row in rows], reward.tokens, 0):
+        some = batch([[rows[i] for i in line] for line in lines]).to(reward.model.device)
+        numbers = [i for line in lines for i in line]
+        outputs = [pairs[i].objective for i in numbers]
+        for k, member in enumerate(reward.members):
+            chosen, rejected = reward.read(some, member, (1, 2))
+            found[k, numbers] = (chosen - rejected)[torch.arange(len(numbers)), outputs]
+    return found
+
+
+def watched(reward: RewardModel, pairs: Sequence[Pair], close: float) -> dict[str, float]:
+    """What is measured on held-out pairs while training."""
+    firm = [one for one in pairs if not one.tie]
+    found = leads(reward, firm)
+    mean = found.mean(0).tolist()
+    length_matched = [lead > 0 for lead, one in zip(mean, firm, strict=True) if near(one, close)]
+    measured = {
+        "test/accuracy": sum(lead > 0 for lead in mean) / max(len(mean), 1),
+        "test/loss": calibration.surprise(mean) if mean else 0.0,
+        "test/spread": float(found.std(0, correction=0).mean()) if mean else 0.0,
+    }
+    if length_matched:
+        measured["test/accuracy_close"] = sum(length_matched) / len(length_matched)
+    return measured
+
+
+def near(pair: Pair, close: float) -> bool:
+    """Whether the replies are of about the same length, so that length cannot decide."""
+    return abs(pair.lengths[0] - pair.lengths[1]) <= close * max(pair.lengths)
+
+
+def judged(reward: RewardModel, pairs: Sequence[Pair], close: float) -> dict[str, Any]:
+    """What held-out pairs say of a reward model, whose temperature is set by one half of them.
+
+    Which half a pair is in depends on its prompt, so that both replies to it, and others, are on one side. Ties count
+    nowhere. `calibration` is measured on the other half.
+    """
+    firm = [one for one in pairs if not one.tie]
+    if not firm:
+        return {"pairs": 0, "ties": len(pairs)}
+    found = leads(reward, firm)
+    mean, spread = found.mean(0).tolist(), found.std(0, correction=0).tolist()
+    sides = [_side(one) for one in firm]
+    fitted = [lead for lead, side in zip(mean, sides, strict=True) if side]
+    others = [lead for lead, side in zip(mean, sides, strict=True) if not side]
+    reward.temperature = calibration.temperature(fitted)
+    bins = calibration.reliability(*calibration.predictions(others, reward.temperature))
+    return {
+        "pairs": len(firm),
+        "ties": len(pairs) - len(firm),
+        "accuracy": right(mean).plain(),
+        "members": [right(one).plain() for one in found.tolist()],
+        **by_kind(firm, mean, reward.objectives),
+        **by_length(firm, mean, close),
+        "uncertainty": uncertainty(mean, spread),
+        "loss": calibration.surprise(others, reward.temperature) if others else None,
+        "loss_uncalibrated": calibration.surprise(others) if others else None,
+        "calibration": calibration.plain(bins, reward.temperature),
+    }
+
+
+def right(leads: Sequence[float]) -> Interval:
+    """The share of pairs of which the chosen reply leads."""
+    return wilson(sum(lead > 0 for lead in leads), len(leads))
+
+
+def _side(pair: Pair) -> bool:
+    return hashlib.sha256(repr(pair.chosen.prompt).encode()).digest()[0] % 2 == 0
+
+
+def by_kind(pairs: Sequence[Pair], leads: Sequence[float], objectives: Sequence[str]) -> dict[str, Any]:
+    """Accuracy by slice, by objective, and on needless refusals where some pairs are of that slice."""
+    slices: dict[str, list[float]] = {}
+    outputs: dict[str, list[float]] = {}
+    for pair, lead in zip(pairs, leads, strict=True):
+        slices.setdefault(pair.slice or "(none)", []).append(lead)
+        outputs.setdefault(objectives[pair.objective], []).append(lead)
+    refused = [lead for name, some in slices.items() if name.rpartition("/")[2] == OVER_REFUSAL for lead in some]
+    found: dict[str, Any] = {
+        "slices": {name: right(some).plain() for name, some in sorted(slices.items())},
+        "objectives": {name: right(some).plain() for name, some in outputs.items()},
+    }
+    return found | ({"over_refusal": right(refused).plain()} if refused else {})
+
+
+def by_length(pairs: Sequence[Pair], leads: Sequence[float], close: float) -> dict[str, Any]:
+    """How much of it is length: accuracy on replies of like length, and that of preferring the longer reply."""
+    longer = [float(a - b) for a, b in (one.lengths for one in pairs)]
+    alike = [i for i, one in enumerate(pairs) if near(one, close)]
+    found: dict[str, Any] = {}
+    if some := [lead for lead in longer if lead]:
+        found["longer_wins"] = right(some).plain()
+    if alike:
+        found["length_matched"] = {"within": close, "accuracy": right([leads[i] for i in alike]).plain()}
+        if some := [longer[i] for i in alike if longer[i]]:
+            found["length_matched"]["longer_wins"] = right(some).plain()
+    return found
+
+
+def uncertainty(leads: Sequence[float], spread: Sequence[float], parts: int = 4) -> dict[str, Any]:
+    """Whether members disagree where they are wrong: accuracy from the least to the most spread of the leads.
+
+    auroc: the chance that a wrong pair has more spread than a right one, 0.5 where the spread says nothing.
+    """
+    order = sorted(range(len(leads)), key=lambda i: spread[i])
+    cuts = [len(order) * k // parts for k in range(parts + 1)]
+    some = [order[a:b] for a, b in pairwise(cuts) if b > a]
+    return {
+        "auroc": calibration.auroc(spread, [lead <= 0 for lead in leads]),
+        "bins": [
+            {"spread": sum(spread[i] for i in one) / len(one), **right([leads[i] for i in one]).plain()} for one in some
+        ],
+    }
+
+
+# --- what is left
+
+
+def _write(
+    how: Recipe, reward: RewardModel, results: dict[str, Any], sets: Sequence[dataset.Dataset[PreferencePair]]
+) -> None:
+    calibrated = results.pop("calibration", None)
+    for name, found in ((EVALUATION, results), (CALIBRATION, calibrated)):
+        if found:
+            (how.output / name).write_text(json.dumps(found, indent=2) + "\n")
+    shown: dict[str, Any] = {
+        name: results[name] for name in ("accuracy", "longer_wins", "over_refusal") if name in results
+    }
+    shown |= {"accuracy, like lengths": results["length_matched"]["accuracy"]} if "length_matched" in results else {}
+    shown |= {name: calibrated[name] for name in ("ece", "temperature")} if calibrated else {}
+    provenance = release.Provenance(
+        "reward", str(how.model), recipes.dump(how), {str(one.path): one.fingerprint for one in sets}, shown
+    )
+    folder, new = how.output / "release", how.output / "release.new"
+    shutil.rmtree(new, ignore_errors=True)
+    reward.save(new)
+    (new / release.PROVENANCE).write_text(json.dumps(asdict(provenance), indent=2, ensure_ascii=False) + "\n")
+    (new / release.CARD).write_text(release.card(provenance))
+    shutil.rmtree(folder, ignore_errors=True)
+    new.replace(folder)
+    report.write(how.output, "Reward model")

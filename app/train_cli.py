@@ -1,0 +1,78 @@
+"""`newel train`: models from recipes."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from app.shell import Refusal, told
+
+app = typer.Typer(no_args_is_help=True, help="Training: a model from a recipe. It needs the extra `train`.")
+
+File = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A TOML file; docs/training.md has its keys.")]
+Changes = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="What the recipe says otherwise: optimiser.lr=1e-5")
+]
+Dry = Annotated[bool, typer.Option("--dry-run", help="Checks recipe and data, shows the resolved recipe, and ends.")]
+
+
+@app.command()
+def sft(recipe: File = None, changes: Changes = None, dry_run: Dry = False) -> None:
+    """Tunes a model on demonstrations."""
+    _train("sft", recipe, changes, dry_run)
+
+
+@app.command()
+def reward(recipe: File = None, changes: Changes = None, dry_run: Dry = False) -> None:
+    """Makes a reward model from pairs of which one reply was preferred."""
+    _train("reward", recipe, changes, dry_run)
+
+
+@app.command()
+def ppo(recipe: File = None, changes: Changes = None, dry_run: Dry = False) -> None:
+    """Makes a policy that is rewarded more, without going far from where it began."""
+    _train("ppo", recipe, changes, dry_run)
+
+
+@app.command()
+def dpo(recipe: File = None, changes: Changes = None, dry_run: Dry = False) -> None:
+    """Makes a policy from pairs, without a reward model."""
+    _train("dpo", recipe, changes, dry_run)
+
+
+@app.command()
+def kto(recipe: File = None, changes: Changes = None, dry_run: Dry = False) -> None:
+    """Makes a policy from thumbs up and down."""
+    _train("kto", recipe, changes, dry_run)
+
+
+def _train(method: str, path: Path | None, changes: list[str] | None, dry_run: bool) -> None:
+    overrides = list(changes or [])
+    if path and "=" in path.name and not path.exists():  # no recipe, only changes
+        path, overrides = None, [str(path), *overrides]
+    try:
+        module = importlib.import_module(f"alignment.{method}")
+    except ImportError as error:
+        raise Refusal(f"{error}: training needs the extra `train` (pip install 'newel[train]')") from None
+    from alignment import recipe as recipes
+
+    try:
+        how = recipes.load(module.Recipe, path, overrides)
+        if dry_run:
+            print(recipes.dump(how), end="")
+            return
+        folder = module.train(how, told)
+    except (ValueError, OSError, RuntimeError) as error:
+        raise Refusal(_said(error)) from None
+    print(folder)
+
+
+def _said(error: Any) -> str:
+    """The message of an error, with the knob to turn where memory has run out."""
+    text = str(error)
+    if "out of memory" in text.lower() or "can't allocate memory" in text.lower():
+        return f"{text}\nOut of memory: lower `tokens` (of a forward pass), then `max_length`, or train with `lora`."
+    return text

@@ -43,22 +43,21 @@ class Asked:
 async def judged(service: Service, policy: Policy, turn: Turn, thread: Thread) -> Asked:
     """What is asked, judged and noted on the turn; a value of the vault is kept nowhere else, withheld or not."""
     began = time.perf_counter()
-    asked = await _sealed(service, policy, turn, thread)
-    asked = replace(asked, seconds=time.perf_counter() - began)
-    verdict = asked.verdict
+    judging, verdict, seen, vault = await _sealed(service, policy, turn, thread)
+    asked = Asked(judging, verdict, seen, vault, time.perf_counter() - began)
     service.metrics.guarded("input", asked.seconds)
     if thread.forged:
         service.metrics.forged.inc()
         place = Hit("conversation-record", Action.ALLOW, "enforce", (Finding("forged_history", 0, 0),))
         verdict = replace(verdict, hits=(place, *verdict.hits))
-    kept = tuple(message for message in asked.seen if not _defines(message))
+    kept = tuple([message for message in seen if not _defines(message)])
     if kept[-1].role == "user":
         turn.history, turn.asked = kept[:-1], kept[-1].content
     else:
         turn.history = kept
-    turn.input = replace(verdict, hits=_placed(verdict.hits, asked.judging)) if verdict.hits else verdict
+    turn.input = replace(verdict, hits=_placed(verdict.hits, judging)) if verdict.hits else verdict
     new = [message.content for message in turn.results] or [turn.asked]
-    raw = [await _hidden(asked.vault, one.content, everywhere=True) for one in thread.messages[-len(new) :]]
+    raw = [await _hidden(vault, one.content, everywhere=True) for one in thread.messages[-len(new) :]]
     turn.withheld_asked = "\n\n".join(raw) if raw != new else ""
     return asked
 
@@ -86,14 +85,17 @@ def _placed(hits: Sequence[Hit], judging: Judging) -> tuple[Hit, ...]:
     return tuple(replace(hit, message=places[hit.message]) for hit in hits)
 
 
-async def _sealed(service: Service, policy: Policy, turn: Turn, thread: Thread) -> Asked:
+_Judged = tuple[Judging, Verdict, tuple[Message, ...], Vault]
+
+
+async def _sealed(service: Service, policy: Policy, turn: Turn, thread: Thread) -> _Judged:
     """What is asked, judged, its values in the vault; while the database is down they are redacted for good.
 
     Rules that ask a language model are read while the reply is already being made (`judged_on`), unless they redact:
     then the model must not see what they have not read.
     """
 
-    async def judged(vault: Vault) -> Asked:
+    async def judged(vault: Vault) -> _Judged:
         context = Context(thread.messages, service.fleet, policy.persona, service.judges.of_turn(), vault)
         judging = Judging(policy.input, thread.messages, context, thread.trusted)
         verdict, seen = await judging.begin()
@@ -101,13 +103,13 @@ async def _sealed(service: Service, policy: Policy, turn: Turn, thread: Thread) 
             verdict, seen = await judging.finish()
         if vault.values:
             seen = tuple([replace(message, content=await _hidden(vault, message.content)) for message in seen])
-        return Asked(judging, verdict, seen, vault)
+        return judging, verdict, seen, vault
 
     try:
         for _ in range(SEALING if any(rule.vault for rule in policy.input) else 0):
-            asked = await judged(await service.vaults.open(turn, thread.messages))
-            if await service.vaults.keep(turn, asked.vault):
-                return asked
+            found = await judged(vault := await service.vaults.open(turn, thread.messages))
+            if await service.vaults.keep(turn, vault):
+                return found
     except StoreDown:
         service.metrics.store_errors.inc()
     return await judged(Vault(room=0))
@@ -135,11 +137,17 @@ def prompted(policy: Policy, asked: Asked, news: Sequence[Ticket]) -> tuple[Mess
 
     What people answered stands in it without the words that announce a person, lest the model imitate them.
     """
-    seen = asked.seen
-    system = [policy.persona, *(one.content for one in seen if one.role in SYSTEM and not _defines(one))]
+    system, talk = [policy.persona], list[Message]()
+    for one in asked.seen:
+        if one.role not in SYSTEM:
+            talk.append(one)
+        elif not _defines(one):
+            system.append(one.content)
     system += [NOTE] if asked.vault.values else []
-    head = "\n\n".join(text for text in system if text.strip())
-    talk = [message for message in seen if message.role not in SYSTEM]
-    told = [Message("assistant", "\n\n".join(ticket.answer for ticket in news))] if news else []
+    head = "\n\n".join([text for text in system if text.strip()])
+    before = (Message("system", head),) if head else ()
+    if not news:
+        return (*before, *talk)
+    told = Message("assistant", "\n\n".join(ticket.answer for ticket in news))
     last = max((place for place, message in enumerate(talk) if message.role == "user"), default=0)
-    return (*((Message("system", head),) if head else ()), *talk[:last], *told, *talk[last:])
+    return (*before, *talk[:last], told, *talk[last:])

@@ -9,15 +9,17 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from app.errors import ApiError
+from app.errors import ApiError, TokenRefused
 from app.login import Failures, origin
 from app.metrics import Metrics
-from app.oidc import PREFIX, Oidc, TokenRefused
-from app.records import Key, Tenant
+from app.records import OIDC_KEY, Key, Tenant
 from app.settings import Settings
 from app.store import Store, StoreDown
+
+if TYPE_CHECKING:
+    from app.oidc import Oidc
 
 T = TypeVar("T")
 Need = Literal["chat", "tickets", "policies", "audit"]
@@ -107,7 +109,7 @@ class Auth:
             self._flight(digest, given)
         if seen.expires <= self._wall():
             self._metrics.auth_failures.labels("expired").inc()
-            code = "token_expired" if seen.key.id.startswith(PREFIX) else "invalid_api_key"
+            code = "token_expired" if seen.key.id.startswith(OIDC_KEY) else "invalid_api_key"
             raise ApiError(401, "The API key or token has expired; get a new one.", code=code)
         if need not in seen.needs:
             self._metrics.auth_failures.labels("scope").inc()
@@ -116,7 +118,7 @@ class Auth:
 
     def person(self, key: Key) -> str:
         """What stands for the person of a token, where the settings say that tokens name the person; else empty."""
-        return key.id if self._settings.oidc.subject and key.id.startswith(PREFIX) else ""
+        return key.id if self._settings.oidc.subject and key.id.startswith(OIDC_KEY) else ""
 
     async def close(self) -> None:
         """Ends the look-ups that still run, also those of the issuer's keys."""

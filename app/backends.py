@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+import math
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
+from types import TracebackType
 from typing import Any, TypeVar
 
 import aiohttp
@@ -21,7 +23,8 @@ from yarl import URL
 from app.frames import (
     BackendError,
     Delta,
-    events,
+    Events,
+    joined,
     read_chunk,
     read_completion,
     tokens_of,
@@ -84,23 +87,26 @@ class OpenAIBackend:
         Only waits for the engine are timed: a consumer may take as long as it likes for a piece.
         """
         clock = asyncio.get_running_loop().time
-        over = clock() + self._timeouts.total
-        until, speaking = min(over, clock() + self._timeouts.first_token), False
+        over, read = clock() + self._timeouts.total, Events()
+        until, speaking, finished = min(over, clock() + self._timeouts.first_token), False, False
         body = {"stream": True, "stream_options": {"include_usage": True}, **prompt.sampling}
-        async with self._asked(upstream, body, prompt, until) as response:
-            finished = False
-            async with aclosing(events(response.content.iter_any())) as source:
-                while (event := await _next(source, until, finished)) != DONE:
-                    delta = read_chunk(event)
-                    finished = finished or bool(delta.finish_reason)
-                    speaking = speaking or delta.says
-                    yield delta
-                    if speaking and not finished:
-                        until = min(over, clock() + self._timeouts.idle)
-                    elif finished:
+        with closing(Alarm()) as alarm:
+            async with self._asked(upstream, body, prompt, until) as response:
+                while chunk := await _next(alarm, until, response.content.readany(), finished):
+                    said = read.feed(chunk)
+                    ended = DONE in said
+                    for delta in joined(map(read_chunk, said[: said.index(DONE)] if ended else said)):
+                        finished = finished or bool(delta.finish_reason)
+                        speaking = speaking or delta.says
+                        yield delta
+                    if ended:
+                        break
+                    if finished:
                         until = min(over, clock() + LAST_WORDS)
-            if not finished:
-                raise BackendError("broken", "The engine broke off in the middle of its reply.")
+                    elif speaking and said:
+                        until = min(over, clock() + self._timeouts.idle)
+                if not finished:
+                    raise BackendError("broken", "The engine broke off in the middle of its reply.")
 
     async def complete(self, upstream: Upstream, prompt: Prompt) -> Delta:
         """The whole reply in one piece; cancelling it cancels the engine's work."""
@@ -134,12 +140,10 @@ class OpenAIBackend:
         async with self._asked(upstream, body, Prompt(tuple(messages), body), until) as response:
             return yes_probability(tokens_of(orjson.loads(await _within(until, response.read()))))
 
-    def _asked(
-        self, upstream: Upstream, body: Mapping[str, Any], prompt: Prompt, until: float | None
-    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+    def _asked(self, upstream: Upstream, body: Mapping[str, Any], prompt: Prompt, until: float | None) -> posted:
         """The engine's answer to a request, status 200, and its failures as BackendError; hangs up at the end."""
         told = {name: value for name, value in body.items() if name not in upstream.without}
-        told |= {"model": upstream.model, "messages": written(prompt.messages)}
+        told["model"], told["messages"] = upstream.model, written(prompt.messages)
         return posted(self._session, upstream, "chat/completions", told, until, prompt.headers)
 
 
@@ -185,39 +189,67 @@ def _url(base: str, path: str) -> URL:
     return URL(f"{base.rstrip('/')}/{path}")
 
 
-@asynccontextmanager
-async def posted(
-    session: aiohttp.ClientSession,
-    upstream: Upstream,
-    path: str,
-    body: Mapping[str, Any],
-    until: float | None,
-    more_headers: Mapping[str, str] | None = None,
-) -> AsyncIterator[aiohttp.ClientResponse]:
+class posted:
     """An engine's answer to a request, status 200, and its failures as BackendError; hangs up at the end.
 
     until: the loop's time by which it must be there; None where the caller times it.
     """
-    headers = {"content-type": "application/json", **(more_headers or {})}
-    if upstream.api_key:
-        headers["authorization"] = f"Bearer {upstream.api_key}"
-    asking = session.post(_url(upstream.url, path), data=orjson.dumps(body), headers=headers)
-    try:
-        response = await (_within(until, asking) if until else asking)
+
+    __slots__ = ("_body", "_headers", "_path", "_response", "_session", "_until", "_upstream")
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        upstream: Upstream,
+        path: str,
+        body: Mapping[str, Any],
+        until: float | None,
+        more_headers: Mapping[str, str] | None = None,
+    ):
+        self._session, self._upstream, self._path, self._until = session, upstream, path, until
+        self._body = orjson.dumps(body)
+        self._headers = {"content-type": "application/json", **(more_headers or {})}
+        if upstream.api_key:
+            self._headers["authorization"] = f"Bearer {upstream.api_key}"
+        self._response: aiohttp.ClientResponse | None = None
+
+    async def __aenter__(self) -> aiohttp.ClientResponse:
+        until = self._until
         try:
-            if path == "embeddings" and response.status in (404, 405, 501):
+            asking = self._session.post(_url(self._upstream.url, self._path), data=self._body, headers=self._headers)
+            self._response = response = await (_within(until, asking) if until else asking)
+            if self._path == "embeddings" and response.status in (404, 405, 501):
                 raise BackendError("rejected", "The engine has no such route.", code="embeddings_not_served")
             if response.status != 200:
                 raise _refusal(response, await (_within(until, response.read()) if until else response.read()))
-            yield response
-        finally:
-            response.close()  # an answer that was read to its end has given its connection back already
-    except TimeoutError:
-        raise BackendError("timeout", LATE) from None
-    except aiohttp.ClientConnectorError:
-        raise BackendError("unreachable", "The engine cannot be reached.", retry_after=5) from None
-    except (aiohttp.ClientError, ConnectionError):
-        raise BackendError("broken", "The connection to the engine broke off.") from None
+        except BaseException as error:
+            self._hang_up()
+            if fault := _fault(error):
+                raise fault from None
+            raise
+        return response
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._hang_up()
+        if error is not None and (fault := _fault(error)):
+            raise fault from None
+
+    def _hang_up(self) -> None:
+        if self._response is not None:
+            self._response.close()  # an answer that was read to its end has given its connection back already
+
+
+def _fault(error: BaseException) -> BackendError | None:
+    """What an error says of the engine, if anything."""
+    if isinstance(error, TimeoutError):
+        return BackendError("timeout", LATE)
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return BackendError("unreachable", "The engine cannot be reached.", retry_after=5)
+    if isinstance(error, aiohttp.ClientError | ConnectionError):
+        return BackendError("broken", "The connection to the engine broke off.")
+    return None
 
 
 async def answered(
@@ -228,14 +260,59 @@ async def answered(
         return tokens_of(orjson.loads(await _within(until, response.read())))
 
 
-async def _next(source: AsyncGenerator[bytes, None], until: float, finished: bool) -> bytes:
-    """The next event, or `[DONE]`; that is also what an engine means that is finished and says no more."""
+async def _next(alarm: Alarm, until: float, reading: Awaitable[bytes], finished: bool) -> bytes:
+    """What an engine sends next; nothing at its end, which is also what one means that is finished and says no more."""
     try:
-        return await _within(until, anext(source, DONE))
+        return await alarm.within(until, reading)
     except TimeoutError:
         if not finished:
             raise
-        return DONE
+        return b""
+
+
+class Alarm:
+    """Time-outs of many short waits, one after another, with one timer: it is set anew only when it rings too early."""
+
+    __slots__ = ("_loop", "_rang", "_task", "_timer", "_until")
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[Any] | None = None
+        self._until, self._rang = math.inf, False
+
+    async def within(self, until: float, work: Awaitable[T]) -> T:
+        """What `work` returns, by the time `until` of the loop's clock; raises TimeoutError."""
+        self._task, self._until, self._rang = asyncio.current_task(), until, False
+        if self._timer is None or until < self._timer.when():
+            self._set(until)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if self._rang and self._task and not self._task.uncancel():
+                raise TimeoutError from None
+            raise
+        finally:
+            self._task = None
+
+    def close(self) -> None:
+        """Rings no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _set(self, when: float) -> None:
+        self.close()
+        self._timer = self._loop.call_at(when, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        if self._task is None:
+            return
+        if self._until > self._loop.time():
+            self._set(self._until)
+        else:
+            self._rang = True
+            self._task.cancel()
 
 
 async def _whole(response: aiohttp.ClientResponse) -> bytes:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from app.asking import Asked, definitions, judged, judged_on, prompted
 from app.backends import Prompt
@@ -21,7 +21,7 @@ from app.service import Service
 from app.speculate import merged, speculated
 from app.store import SpillFull, StoreError
 from app.telling import Said, Telling
-from app.thread import recall
+from app.thread import Thread, recall
 from app.tracing import trace_id, traced
 from guardrails.engine import judge
 from guardrails.types import Context, Message, Policy, Verdict
@@ -29,6 +29,38 @@ from guardrails.types import Context, Message, Policy, Verdict
 BEHIND = 1000
 """So many turns that wait to be written make new ones wait for them: a busy gateway leaves its writer no time."""
 UNSTORED = "This turn cannot be recorded just now, so it was not answered. Please try again in a moment."
+
+
+@dataclass(slots=True)
+class _Work:
+    """A question that is on record, and what is answered to it: the first reply is that of the first turn."""
+
+    service: Service
+    tenant: Tenant
+    turns: list[Turn]
+    request: ChatRequest
+    release: Release
+    policy: Policy
+    thread: Thread
+    asked: Asked
+    started: float
+    replies: list[Telling]
+
+    def telling(self, turn: Turn) -> Telling:
+        """Another reply."""
+        return Telling(
+            self.service, self.policy, turn, self.asked, self.thread, self.request, self.release, self.started
+        )
+
+    def prompt(self) -> Prompt:
+        """What the model is asked; its release that is tried in the shadow is asked the same."""
+        service, asked, turn = self.service, self.asked, self.turns[0]
+        sampling = self.request.sampling(definitions(asked.seen))
+        sampling["cache_salt"] = service.salt(self.tenant.name)
+        prompt = Prompt(prompted(self.policy, asked, self.thread.news), sampling, service.marks(turn))
+        if service.fleet.has_shadow(self.release):
+            shadow(service, self.policy, turn, prompt, self.release)
+        return prompt
 
 
 async def answer(
@@ -41,8 +73,41 @@ async def answer(
     generator is closed early, because the client went away, the engine's work is cancelled and the turns are recorded
     as they stand.
     """
-    started = time.perf_counter()
-    turn = turns[0]
+    work = await _begun(service, tenant, turns, request, release)
+    try:
+        async with aclosing(_said(work)) as pieces:
+            async for piece in pieces:
+                yield piece
+    except Exception as error:
+        raise await _failed(work, error) from None
+    finally:
+        _left(work)
+
+
+async def answered(
+    service: Service, tenant: Tenant, turns: list[Turn], request: ChatRequest, release: Release
+) -> list[Said]:
+    """All the pieces of the reply, as `answer` would give them, for a client that wants it whole."""
+    work = await _begun(service, tenant, turns, request, release)
+    try:
+        verdict = work.asked.verdict
+        if verdict.action.stops:
+            return await _stopped(service, work.replies[0], verdict)
+        if request.replies == 1 and not work.asked.judging.waiting:
+            reply = work.replies[0]
+            await reply.complete(work.prompt())
+            return await _finished(service, reply, verdict)
+        async with aclosing(_said(work)) as pieces:
+            return [piece async for piece in pieces]
+    except Exception as error:
+        raise await _failed(work, error) from None
+    finally:
+        _left(work)
+
+
+async def _begun(service: Service, tenant: Tenant, turns: list[Turn], request: ChatRequest, release: Release) -> _Work:
+    """The question, judged, and sure to be on record; raises ApiError, StoreError."""
+    started, turn = time.perf_counter(), turns[0]
     policy = await service.policies.of(tenant.policy)
     turn.policy = policy.id
     without = service.fleet.without(release)
@@ -50,39 +115,35 @@ async def answer(
     thread = await recall(service, turn, request.conversation(without), request.after)
     asked = await judged(service, policy, turn, thread)
     await _begin(service, tenant, turn)
+    work = _Work(service, tenant, turns, request, release, policy, thread, asked, started, [])
+    work.replies.append(work.telling(turn))
+    return work
 
-    def telling(turn: Turn) -> Telling:
-        return Telling(service, policy, turn, asked, thread, request, release, started)
 
-    replies = [telling(turn)]
-    try:
-        if asked.verdict.action.stops:
-            said = _stopped(service, replies[0], asked.verdict)
-        else:
-            prompt = Prompt(
-                prompted(policy, asked, thread.news),
-                {**request.sampling(definitions(asked.seen)), "cache_salt": service.salt(tenant.name)},
-                service.marks(turn),
-            )
-            shadow(service, policy, turn, prompt, release)
-            if request.replies == 1 and not asked.judging.waiting:
-                said = _told(service, replies[0], prompt, asked.verdict)
-            elif request.replies == 1:
-                said = _speculated(service, replies, asked, prompt, telling)
-            else:
-                said = _spoken(service, tenant, turns, replies, asked, prompt, telling, request.replies)
-        async with aclosing(said) as pieces:
-            async for piece in pieces:
-                yield piece
-    except Exception as error:
-        fault = _as_api_error(error, service)
-        for reply in replies:
-            await _close(service, reply, fault.code)
-        raise fault from None
-    finally:
-        for reply in replies:
-            if not reply.closed:
-                service.spawn(_close(service, reply, "client_gone"))
+def _said(work: _Work) -> AsyncGenerator[Said, None]:
+    """The pieces of the reply, by one of the ways on which it can come about."""
+    reply, asked = work.replies[0], work.asked
+    if asked.verdict.action.stops:
+        return _refused(work.service, reply, asked.verdict)
+    prompt = work.prompt()
+    if work.request.replies > 1:
+        return _spoken(work, prompt)
+    return _speculated(work, prompt) if asked.judging.waiting else _told(work.service, reply, prompt, asked.verdict)
+
+
+async def _failed(work: _Work, error: Exception) -> ApiError:
+    """What the client is told of an error that ends the replies, which are on record with it then."""
+    fault = _as_api_error(error, work.service)
+    for reply in work.replies:
+        await _close(work.service, reply, fault.code)
+    return fault
+
+
+def _left(work: _Work) -> None:
+    """Has replies recorded that nobody has ended: their client is gone."""
+    for reply in work.replies:
+        if not reply.closed:
+            work.service.spawn(_close(work.service, reply, "client_gone"))
 
 
 def shadow(service: Service, policy: Policy, turn: Turn, prompt: Prompt, release: Release) -> None:
@@ -127,46 +188,48 @@ async def _shadowed(service: Service, policy: Policy, turn: Turn, told: Shadowed
     service.store.log(of_its_own)
 
 
-async def _stopped(service: Service, reply: Telling, verdict: Verdict) -> AsyncGenerator[Said, None]:
+async def _stopped(service: Service, reply: Telling, verdict: Verdict) -> list[Said]:
     """The reply of a rule in place of the model's."""
     last = await reply.stop(verdict)
     await _close(service, reply)
-    for piece in last:
+    return last
+
+
+async def _finished(service: Service, reply: Telling, verdict: Verdict) -> list[Said]:
+    """The end of a reply of the model's."""
+    last = await reply.finish(verdict)
+    await _close(service, reply)
+    return last
+
+
+async def _refused(service: Service, reply: Telling, verdict: Verdict) -> AsyncGenerator[Said, None]:
+    """The reply of a rule, for one that streams."""
+    for piece in await _stopped(service, reply, verdict):
         yield piece
 
 
 async def _told(service: Service, reply: Telling, prompt: Prompt, verdict: Verdict) -> AsyncGenerator[Said, None]:
-    """One reply of the model's, whole."""
+    """One reply of the model's, as it comes."""
     async with aclosing(reply.generate(prompt)) as pieces:
         async for piece in pieces:
             yield piece
-    last = await reply.finish(verdict)
-    await _close(service, reply)
-    for piece in last:
+    for piece in await _finished(service, reply, verdict):
         yield piece
 
 
-async def _spoken(
-    service: Service,
-    tenant: Tenant,
-    turns: list[Turn],
-    replies: list[Telling],
-    asked: Asked,
-    prompt: Prompt,
-    telling: Callable[[Turn], Telling],
-    number: int,
-) -> AsyncGenerator[Said, None]:
+async def _spoken(work: _Work, prompt: Prompt) -> AsyncGenerator[Said, None]:
     """So many replies to a question that has passed, each a turn of its own, made at the same time."""
-    turn, verdict = turns[0], asked.verdict
-    if asked.judging.waiting:
-        verdict = await judged_on(service, turn, asked.judging)
+    service, turns, replies = work.service, work.turns, work.replies
+    turn, verdict = turns[0], work.asked.verdict
+    if work.asked.judging.waiting:
+        verdict = await judged_on(service, turn, work.asked.judging)
     if verdict.action.stops:
-        said = _stopped(service, replies[0], verdict)
+        said = _refused(service, replies[0], verdict)
     else:
-        for place in range(1, number):
+        for place in range(1, work.request.replies):
             turns.append(replace(turn, id=f"{turn.id}-{place}", choice=place, input=None))
-            replies.append(telling(turns[-1]))
-            await _begin(service, tenant, turns[-1])
+            replies.append(work.telling(turns[-1]))
+            await _begin(service, work.tenant, turns[-1])
         said = merged([_told(service, one, _of_its_own(service, prompt, one.turn), verdict) for one in replies])
     async with aclosing(said) as pieces:
         async for piece in pieces:
@@ -183,25 +246,19 @@ def _of_its_own(service: Service, prompt: Prompt, turn: Turn) -> Prompt:
     return replace(prompt, sampling=sampling, headers=service.marks(turn))
 
 
-async def _speculated(
-    service: Service, replies: list[Telling], asked: Asked, prompt: Prompt, telling: Callable[[Turn], Telling]
-) -> AsyncGenerator[Said, None]:
+async def _speculated(work: _Work, prompt: Prompt) -> AsyncGenerator[Said, None]:
     """The reply to a question that is still judged: what is made meanwhile counts as said only once it passes."""
-    [reply] = replies
-    draft, verdict = telling(reply.turn), asked.verdict
-    judging = judged_on(service, reply.turn, asked.judging)
+    service, [reply], verdict = work.service, work.replies, work.asked.verdict
+    draft, judging = work.telling(reply.turn), judged_on(work.service, reply.turn, work.asked.judging)
     async with aclosing(speculated(judging, draft.generate(prompt))) as pieces:
         async for piece in pieces:
             if isinstance(piece, Verdict):
                 verdict = piece
                 if not verdict.action.stops:
-                    replies[0] = draft
+                    work.replies[0] = reply = draft
             else:
                 yield piece
-    reply = replies[0]
-    last = await (reply.stop(verdict) if verdict.action.stops else reply.finish(verdict))
-    await _close(service, reply)
-    for piece in last:
+    for piece in await (_stopped if verdict.action.stops else _finished)(service, reply, verdict):
         yield piece
 
 

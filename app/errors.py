@@ -48,6 +48,14 @@ class ApiError(Exception):
         return JSONResponse(self.body, self.status, self.all_headers)
 
 
+class TokenRefused(ApiError):
+    """A token of an issuer's that opens nothing; reason is its label in the metrics."""
+
+    def __init__(self, message: str, reason: str = "token", status: int = 401, code: str = "invalid_token"):
+        super().__init__(status, message, code=code)
+        self.reason = reason
+
+
 def unavailable(message: str, code: str, retry_after: int) -> ApiError:
     """A 503 that says when to come back."""
     return ApiError(503, message, code=code, kind="server_error", retry_after=retry_after)

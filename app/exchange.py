@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from app.chat import answer
+from app.chat import answer, answered
 from app.errors import ApiError
 from app.fleet import Release
 from app.records import Key, Tenant, Turn, new_id
@@ -35,7 +35,8 @@ class Call:
 
     def header(self, name: bytes) -> str:
         """A header's value, or empty."""
-        return self.headers.get(name, b"").decode("latin-1")
+        value = self.headers.get(name)
+        return value.decode("latin-1") if value else ""
 
 
 @dataclass(slots=True)
@@ -69,13 +70,17 @@ class Exchange:
     def usage(self) -> tuple[int, int, int]:
         """(prompt, completion, cached) tokens; the prompt of several replies counts once."""
         turn = self.turn
-        return turn.prompt_tokens, sum(one.completion_tokens for one in self.turns), turn.cached_tokens
+        return turn.prompt_tokens, sum([one.completion_tokens for one in self.turns]), turn.cached_tokens
 
     def pieces(self) -> AsyncGenerator[Said, None]:
         """The settled pieces of all replies; raises ApiError."""
         if self.again:
             return _each(self.again)
         return answer(self.service, self.tenant, self.turns, self.asked, self.release)
+
+    async def whole(self) -> Sequence[Said]:
+        """All the pieces of all replies, for a client that wants them whole; raises ApiError."""
+        return self.again or await answered(self.service, self.tenant, self.turns, self.asked, self.release)
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """What is known when the answer begins."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncGenerator, AsyncIterable, Collection, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -83,7 +83,8 @@ class More:
 class Delta:
     """A piece of a reply, or all of it; the last ones carry the finish reason and the token counts.
 
-    logprobs: (token, its entry in JSON) for what `text` is made of, where they were asked for.
+    logprobs: (token, its entry in JSON) for what `text` is made of, where they were asked for. lengths: of the pieces
+    that `text` was joined from, where there are several.
     """
 
     text: str = ""
@@ -95,6 +96,23 @@ class Delta:
     cached_tokens: int = 0
     logprobs: tuple[tuple[str, bytes], ...] = ()
     more: More | None = None
+    lengths: tuple[int, ...] = ()
+
+    @property
+    def only_text(self) -> bool:
+        """True when there is nothing but text in it."""
+        return bool(self.text) and not (
+            self.finish_reason or self.completion_tokens or self.reasoning or self.calls or self.logprobs or self.more
+        )
+
+    @property
+    def pieces(self) -> int:
+        """How many pieces of the engine's it is made of."""
+        return len(self.lengths) or 1
+
+    def first(self, pieces: int) -> Delta:
+        """Of one that was joined, no more than so many pieces."""
+        return self if self.pieces <= pieces else Delta(self.text[: sum(self.lengths[:pieces])])
 
     @property
     def says(self) -> bool:
@@ -102,36 +120,84 @@ class Delta:
         return bool(self.text or self.reasoning or self.calls)
 
 
-async def events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:
-    """The data of each server-sent event, for any split of the bytes (WHATWG HTML, section 9.2.6).
+class Events:
+    """Server-sent events as their bytes come, for any split of them (WHATWG HTML, section 9.2.6).
 
     Comments and other fields are skipped, data lines are joined by newlines, CR, LF and CRLF end a line; a byte order
-    mark is skipped. Raises BackendError when one event grows beyond MAX_EVENT bytes. An event that the stream cuts off
-    is dropped.
+    mark is skipped. An event that the stream cuts off is dropped.
     """
-    rest, after_cr, mark = b"", False, BYTE_ORDER_MARK
-    data: list[bytes] = []
-    size = 0
-    async for chunk in chunks:
-        if mark:
-            rest += chunk
-            if mark.startswith(rest):
-                continue
-            chunk, rest, mark = rest.removeprefix(mark), b"", b""
-        text = chunk.removeprefix(b"\n") if after_cr else chunk  # the second half of a CRLF
-        after_cr = chunk.endswith(b"\r") or (after_cr and not chunk)
-        *lines, rest = (rest + text).replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
-        for line in lines:
-            size += len(line)
-            name, _, value = line.partition(b":")
-            if name == b"data":
-                data.append(value.removeprefix(b" "))
-            elif not line:
-                if data:
-                    yield b"\n".join(data)
-                data, size = [], 0
-        if size + len(rest) > MAX_EVENT:
+
+    __slots__ = ("_after_cr", "_data", "_mark", "_rest", "_size")
+
+    def __init__(self) -> None:
+        self._rest, self._after_cr, self._mark = b"", False, BYTE_ORDER_MARK
+        self._data: list[bytes] = []
+        self._size = 0
+
+    def feed(self, chunk: bytes) -> list[bytes]:
+        """The data of each event that is complete now; raises BackendError when one grows beyond MAX_EVENT bytes."""
+        if self._mark:
+            self._rest += chunk
+            if self._mark.startswith(self._rest):
+                return []
+            chunk, self._rest, self._mark = self._rest.removeprefix(self._mark), b"", b""
+        text = chunk.removeprefix(b"\n") if self._after_cr else chunk  # the second half of a CRLF
+        self._after_cr = chunk.endswith(b"\r") or (self._after_cr and not chunk)
+        whole = self._rest + text
+        if b"\r" in whole:
+            whole = whole.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *lines, self._rest = whole.split(b"\n")
+        found = [event for line in lines if (event := self._line(line)) is not None]
+        if self._size + len(self._rest) > MAX_EVENT:
             raise BackendError("broken", "The engine sent an event without an end.")
+        return found
+
+    def _line(self, line: bytes) -> bytes | None:
+        """The event that this line ends, if it does."""
+        if not line:
+            event = b"\n".join(self._data) if self._data else None
+            self._data, self._size = [], 0
+            return event
+        self._size += len(line)
+        name, _, value = line.partition(b":")
+        if name == b"data":
+            self._data.append(value.removeprefix(b" "))
+        return None
+
+
+async def events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:
+    """The data of each server-sent event of a stream, as `Events` reads them."""
+    read = Events()
+    async for chunk in chunks:
+        for event in read.feed(chunk):
+            yield event
+
+
+def joined(deltas: Iterable[Delta]) -> Iterator[Delta]:
+    """The same pieces, those behind each other that hold nothing but text as one.
+
+    What came together, because nobody had the time to read it before, is judged and told together.
+    """
+    texts: list[str] = []
+    try:
+        for delta in deltas:
+            if delta.only_text:
+                texts.append(delta.text)
+                continue
+            if texts:
+                yield _of(texts)
+                texts = []
+            yield delta
+    except BackendError:
+        if texts:
+            yield _of(texts)  # it was said before
+        raise
+    if texts:
+        yield _of(texts)
+
+
+def _of(texts: list[str]) -> Delta:
+    return Delta("".join(texts), lengths=tuple(map(len, texts)) if len(texts) > 1 else ())
 
 
 def read_chunk(event: bytes) -> Delta:

@@ -72,8 +72,7 @@ async def _told(exchange: Exchange, surface: Surface, client: _Client, claim: Cl
         await _streamed(exchange, surface.frames(exchange), client, claim)
         return
     client.watch_soon()
-    async with aclosing(exchange.pieces()) as pieces:
-        told = [piece async for piece in pieces]
+    told = await exchange.whole()
     await _kept(exchange, claim)
     await client.answer(exchange.headers(), surface.whole(exchange, told))
 

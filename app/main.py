@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 from fastapi import FastAPI, Request
@@ -31,7 +31,6 @@ from app.limits import open_limits
 from app.logs import configure, event
 from app.metrics import Metrics
 from app.middleware import RequestContext
-from app.oidc import Oidc
 from app.policies import PolicyBook
 from app.records import Tenant, now
 from app.sealing import read_secret, sealing_secrets
@@ -47,6 +46,9 @@ from app.tracing import open_tracer
 from app.traffic import Traffic
 from app.vault import SWEEP, open_vaults
 from guardrails import encoder
+
+if TYPE_CHECKING:
+    from app.oidc import Oidc
 
 REFRESH = 1.0
 """Seconds between two looks for policies that were activated elsewhere."""
@@ -120,8 +122,7 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     judges = GuardModels(settings.guard_models, session, metrics, settings.guard_requests, settings.guard_seconds)
     policies = PolicyBook(store, [settings.policies] if settings.policies else [], metrics, judges)
     vaults = open_vaults(store, settings, secret)
-    oidc = Oidc(settings.auth.oidc, session, metrics, secret) if settings.auth.oidc.issuer else None
-    auth = Auth(store, settings, metrics, oidc)
+    auth = Auth(store, settings, metrics, _oidc(settings, session, metrics, secret))
     limits = open_limits(settings, store.database, metrics)
     idempotency = Idempotency(
         store.database, settings.total_timeout + SPARE, settings.idempotency.wait, settings.idempotency.ttl
@@ -151,6 +152,15 @@ async def _start(settings: Settings, metrics: Metrics, stack: AsyncExitStack) ->
     ):
         stack.push_async_callback(_cancel, service.spawn(work()))
     return service
+
+
+def _oidc(settings: Settings, session: aiohttp.ClientSession, metrics: Metrics, secret: bytes) -> Oidc | None:
+    """Reads tokens where there is an issuer; without one its library is not loaded."""
+    if not settings.auth.oidc.issuer:
+        return None
+    from app.oidc import Oidc
+
+    return Oidc(settings.auth.oidc, session, metrics, secret)
 
 
 async def _first_tenant(store: Store, settings: Settings) -> None:

@@ -32,7 +32,10 @@ class Metrics:
             return Histogram(f"newel_{name}_seconds", what, labels, buckets=buckets, registry=self.registry)
 
         self.requests = counter("requests", "HTTP requests", "route", "status")
+        self.answering = 0
+        """HTTP requests being answered."""
         self.in_flight = gauge("requests_in_flight", "HTTP requests being answered")
+        self.in_flight.set_function(lambda: self.answering)
         self.turns = counter("turns", "Turns that ended", "tenant", "policy", "action")
         self.turn_errors = counter("turn_errors", "Turns that ended in an error", "error")
         self.hits = counter("rule_hits", "Rules that fired", "policy", "stage", "rule", "action", "mode")

@@ -57,7 +57,7 @@ class RequestContext:
                 message["headers"] = [*message["headers"], *about]
             await send(message)
 
-        self.metrics.in_flight.inc()
+        self.metrics.answering += 1
         try:
             if surface and scope["method"] != "POST":
                 await _only_post(scope).response(scope, receive, send_with_id)
@@ -71,7 +71,7 @@ class RequestContext:
                 raise
             await internal().response(scope, receive, send_with_id)
         finally:
-            self.metrics.in_flight.dec()
+            self.metrics.answering -= 1
             route = scope["path"] if surface else getattr(scope.get("route"), "path", "none")
             self.metrics.answered(route, status or 499)
             if tracer:
@@ -95,9 +95,8 @@ def _call(scope: Scope, request_id: str, tracer: Tracer | None) -> Call:
 
 def _request_id(scope: Scope) -> str:
     for name, value in scope["headers"]:
-        text: str = value.decode("latin-1")
-        if name == b"x-request-id" and SANE_ID.fullmatch(text):
-            return text
+        if name == b"x-request-id" and SANE_ID.fullmatch(text := value.decode("latin-1")):
+            return str(text)
     return new_id("req_")
 
 

@@ -24,10 +24,10 @@ from joserfc.errors import ExpiredTokenError, JoseError, UnsupportedAlgorithmErr
 from joserfc.jwa import JWSAlgModel
 from joserfc.jwt import JWTClaimsRegistry, decode
 
-from app.errors import ApiError, unavailable
+from app.errors import TokenRefused, unavailable
 from app.logs import event
 from app.metrics import Metrics
-from app.records import Key, KeyScope
+from app.records import OIDC_KEY, Key, KeyScope
 from app.settings import OidcSettings
 
 TOKEN_BYTES, DOCUMENT_BYTES, MOST_KEYS = 16_384, 262_144, 64
@@ -40,15 +40,6 @@ FAR = 2**53
 FAMILIES = {"RS": "RSA", "PS": "RSA", "ES": "EC", "Ed": "OKP"}
 """The kind of key for the first letters of an algorithm."""
 TYPES = ("jwt", "at+jwt", "application/at+jwt")
-PREFIX = "oidc:"
-
-
-class TokenRefused(ApiError):
-    """A token that opens nothing; reason is its label in the metrics."""
-
-    def __init__(self, message: str, reason: str = "token", status: int = 401, code: str = "invalid_token"):
-        super().__init__(status, message, code=code)
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +254,7 @@ class Oidc:
             raise TokenRefused(message, missing, 403, f"{missing}_needed")
         person = f"{told.issuer}\0{claims['sub']}".encode("utf-8", "surrogatepass")
         who = hmac.new(self._secret, person, hashlib.sha256).hexdigest()[:24]
-        return Key(id=f"{PREFIX}{who}", tenant=tenant, scope=cast("KeyScope", scope), hint=PREFIX)
+        return Key(id=f"{OIDC_KEY}{who}", tenant=tenant, scope=cast("KeyScope", scope), hint=OIDC_KEY)
 
 
 def claim(claims: dict[str, Any], path: str) -> tuple[str, ...]:

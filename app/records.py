@@ -68,6 +68,10 @@ class KeyLimits:
 NO_LIMITS = KeyLimits()
 
 
+OIDC_KEY = "oidc:"
+"""How the id of a key begins that is a token of an OpenID Connect issuer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Key:
     """An API key as it is stored: never the secret, only its SHA-256 and its first characters."""

@@ -256,7 +256,10 @@ class ChatRequest(Body):
     @property
     def beginning(self) -> str:
         """What the conversation began with, which tells it from others."""
-        return next((one.content for one in self.messages if one.role == "user" and one.content), "")
+        for one in self.messages:
+            if one.role == "user" and one.content:
+                return one.content
+        return ""
 
     @property
     def limit(self) -> int | None:
@@ -276,7 +279,9 @@ class ChatRequest(Body):
     @property
     def offered(self) -> frozenset[str]:
         """The names of the tools that the reply may call."""
-        return frozenset(() if self.tool_choice == "none" else (tool.function.name for tool in self.tools or ()))
+        if not self.tools or self.tool_choice == "none":
+            return frozenset()
+        return frozenset([tool.function.name for tool in self.tools])
 
     def ignored(self, without: Collection[str] = ()) -> list[str]:
         """Parameters that were sent and have no effect with an engine that is not sent those in `without`."""
@@ -302,21 +307,27 @@ class ChatRequest(Body):
             out += [ToolMessage(DEFINING[0], _json(function), "", name) for function, name in told]
         if self.structured and self.response_format:
             out.append(ToolMessage(DEFINING[1], _json(self.response_format), "", "response_format"))
-        return (*out, *(message for one in self.messages for message in one.messages))
+        for one in self.messages:
+            out += one.messages
+        return tuple(out)
 
     def sampling(self, definitions: Sequence[ToolMessage] = ()) -> dict[str, Any]:
         """The parameters that go to the engine; `definitions`: those of `conversation`, as the policy lets them be."""
-        names = [name for name in SAMPLING if name in self.model_fields_set]
+        given = self.model_fields_set
+        out = {name: value for name in SAMPLING if name in given and (value := getattr(self, name)) is not None}
         tools = [{"type": "function", "function": _read(one)} for one in definitions if one.role == DEFINING[0]]
-        names += ["parallel_tool_calls"] if tools else []
-        out = {name: value for name in names if (value := getattr(self, name)) is not None}
-        out |= {"max_tokens": self.limit} if self.limit else {}
+        if tools and self.parallel_tool_calls is not None:
+            out["parallel_tool_calls"] = self.parallel_tool_calls
+        if self.limit:
+            out["max_tokens"] = self.limit
         if tools:
             choice = self.tool_choice
             chosen = {"tool_choice": choice.model_dump() if isinstance(choice, Choose) else choice} if choice else {}
             out |= {"tools": tools} | chosen
         formats = [_read(one) for one in definitions if one.role == DEFINING[1]]
-        return out | ({"response_format": formats[0]} if formats else {}) | dict(self.allowed)
+        if formats:
+            out["response_format"] = formats[0]
+        return {**out, **self.allowed} if self.allowed else out
 
 
 def _json(value: object) -> str:

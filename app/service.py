@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -69,12 +70,9 @@ class Service:
 
         White space around messages does not count: clients trim it.
         """
-        named = ((one.name if isinstance(one, ToolMessage) else "") for one in messages)
-        told = (
-            [one.role, one.content.strip(), *filter(None, [name])] for one, name in zip(messages, named, strict=True)
-        )
-        said = orjson.dumps([tenant, subject, *told])
-        return hmac.digest(self.secret, said, "sha256").hex()
+        said = _mac(self.secret).copy()
+        said.update(orjson.dumps([tenant, subject, *map(_fingered, messages)]))
+        return said.hexdigest()
 
     def salt(self, tenant: str) -> str:
         """What keeps a tenant's prefixes in an engine's cache apart: others would know of them by how fast they are."""
@@ -94,6 +92,20 @@ class Service:
     def pseudonym(self, tenant: str, person: str) -> str:
         """What stands for a person in the store."""
         return pseudonym(self.secret, tenant, person)
+
+
+def _fingered(message: Message) -> list[str]:
+    """What counts of a message in a fingerprint."""
+    told = [message.role, message.content.strip()]
+    if isinstance(message, ToolMessage) and message.name:
+        told.append(message.name)
+    return told
+
+
+@lru_cache(1)
+def _mac(secret: bytes) -> hmac.HMAC:
+    """An HMAC that has read the secret, to be copied: to begin one costs more than to reckon with it."""
+    return hmac.new(secret, digestmod="sha256")
 
 
 def pseudonym(secret: bytes, tenant: str, person: str) -> str:

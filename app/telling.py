@@ -77,10 +77,11 @@ class Telling:
         self._outlets: dict[str, _Outlet] = {}
         self._values, self.request = asked.vault.values, request
         self.steps = Steps(guard_input=asked.seconds)
+        offered = request.offered
         self._reply = Reply(
             policy.output,
             asked.context,
-            offered=[one.name for one in definitions(asked.seen) if one.name in request.offered],
+            offered=[one.name for one in definitions(asked.seen) if one.name in offered] if offered else (),
             structured=request.structured,
             restored=partial(restore, values=self._values, json=True),
         )
@@ -106,11 +107,12 @@ class Telling:
         return Said(piece.channel, text, outlet.place, opening, piece.name, self.turn.choice)
 
     def _outlet(self, channel: str) -> _Outlet:
-        if channel not in self._outlets:
+        outlet = self._outlets.get(channel)
+        if outlet is None:
             calls = sum(name.startswith(ARGUMENTS) for name in self._outlets)
             in_json = channel.startswith(ARGUMENTS) or (channel == CONTENT and self.request.structured)
-            self._outlets[channel] = _Outlet(Restorer(self._values, json=in_json), calls)
-        return self._outlets[channel]
+            outlet = self._outlets[channel] = _Outlet(Restorer(self._values, json=in_json), calls)
+        return outlet
 
     def _give(self, pieces: Sequence[Piece]) -> list[Said]:
         """The pieces as the client is told them; none that is empty."""
@@ -166,7 +168,7 @@ class Telling:
         The first one comes with the engine's first token, and is empty when that is held back.
         """
         if not self.turn.streamed:
-            await self._complete(prompt)
+            await self.complete(prompt)
             return
         tokens, limit = 0, math.inf if "max_tokens" in prompt.sampling else self._service.settings.max_tokens
         steps, clock = self.steps, time.perf_counter
@@ -179,9 +181,10 @@ class Telling:
                     self._note(delta)
                     if not delta.says:
                         continue
-                    tokens += 1
+                    first = [] if tokens else [self._say("")]
+                    delta = delta.first(int(min(limit - tokens, delta.pieces)))
+                    tokens += delta.pieces
                     pieces = await self._settled(delta)
-                    first = [self._say("")] if tokens == 1 else []
                     for said in self._with_more([*first, *self._give(pieces)]):
                         yield said
                     if self._reply.stopped:
@@ -192,38 +195,51 @@ class Telling:
                     since = clock()
         self.turn.completion_tokens = self.turn.completion_tokens or tokens  # a stopped engine counts no more
 
-    async def _complete(self, prompt: Prompt) -> None:
+    async def complete(self, prompt: Prompt) -> None:
         """Has the reply made in one piece. One that names no limit has ours, unless that does not fit behind the
         prompt: then the engine's own, which is lower."""
-        fleet, affinity, began = self._service.fleet, self._affinity(prompt), time.perf_counter()
-        limited = {"max_tokens": self._service.settings.max_tokens, **prompt.sampling}
-        with self._asking() as trail:
+        fleet, affinity, limited = self._service.fleet, self._affinity(prompt), prompt
+        if "max_tokens" not in prompt.sampling:
+            sampling = {"max_tokens": self._service.settings.max_tokens, **prompt.sampling}
+            limited = Prompt(prompt.messages, sampling, prompt.headers)
+        trail, began = self._ask(), time.perf_counter()
+        try:
             try:
-                delta = await fleet.complete(replace(prompt, sampling=limited), self._release, affinity, trail)
+                delta = await fleet.complete(limited, self._release, affinity, trail)
             except BackendError as error:
-                if error.code != "context_length_exceeded" or "max_tokens" in prompt.sampling:
+                if error.code != "context_length_exceeded" or limited is prompt:
                     raise
                 delta = await fleet.complete(prompt, self._release, affinity, trail)
-            finally:
-                self.steps.waited += time.perf_counter() - began
+        finally:
+            self.steps.waited += time.perf_counter() - began
+            self._answered(trail)
         self._note(delta)
         await self._settled(delta)
 
     @contextmanager
     def _asking(self) -> Iterator[Trail]:
         """The trail of a request to the engines, to be noted however it ends."""
-        steps, trail = self.steps, Trail()
-        steps.asked = time.perf_counter() - self._started
+        trail = self._ask()
         try:
             yield trail
         finally:
-            steps.answered = time.perf_counter() - self._started
-            steps.engine, steps.tries = trail.engine, trail.tries
-            if trail.release:
-                steps.pool, self.turn.release = trail.release.pool, trail.release.name
+            self._answered(trail)
+
+    def _ask(self) -> Trail:
+        """The trail of a request to the engines that begins now; `_answered` notes it."""
+        self.steps.asked = time.perf_counter() - self._started
+        return Trail()
+
+    def _answered(self, trail: Trail) -> None:
+        steps = self.steps
+        steps.answered = time.perf_counter() - self._started
+        steps.engine, steps.tries = trail.engine, trail.tries
+        if trail.release:
+            steps.pool, self.turn.release = trail.release.pool, trail.release.name
 
     def _affinity(self, prompt: Prompt) -> str:
-        return affinity_of(self.turn.tenant, prompt.messages)
+        """What tells engines which of them has the beginning of the prompt in its cache, where there are several."""
+        return affinity_of(self.turn.tenant, prompt.messages) if self._service.fleet.spreads(self._release) else ""
 
     def _note(self, delta: Delta) -> None:
         """Counts, and remembers, what comes with a piece."""
@@ -270,20 +286,23 @@ class Telling:
         if verdict.action.stops:
             said = self._give(last) if turn.streamed else []
             return [*said, *await self.stop(verdict, "\n\n" if turn.streamed and verdict.kept else "")]
-        strictest = max(verdict, asked, key=lambda one: one.action)
+        strictest = asked if asked.action > verdict.action else verdict
         turn.action, turn.rule = strictest.action.word, strictest.rule
+        called = reply.called
         if turn.finish_reason != "length":
-            turn.finish_reason = "tool_calls" if reply.called else turn.finish_reason.replace("tool_calls", "stop")
+            turn.finish_reason = "tool_calls" if called else turn.finish_reason.replace("tool_calls", "stop")
         said = self._give(last if turn.streamed else reply.whole)
-        said += self._give([Piece(CONTENT, self._ending(asked, verdict))])
-        return self._with_more([*said, *(self._rest(channel) for channel in self._outlets)])
+        if (ending := self._ending(asked, verdict, bool(called))) or self._lead:
+            said += self._give([Piece(CONTENT, ending)])
+        rest = [self._rest(channel) for channel in self._outlets] if self._values else []
+        return self._with_more([*said, *rest])
 
-    def _ending(self, asked: Verdict, verdict: Verdict) -> str:
+    def _ending(self, asked: Verdict, verdict: Verdict, called: bool) -> str:
         """The lines that rules add to what is said; JSON has none, nor has a reply that only calls tools."""
-        if self.request.structured or (self._reply.called and not verdict.kept.strip()):
+        if self.request.structured or (called and not verdict.kept.strip()):
             return ""
         lines = [line for line in appended(self._policy.input, asked) if line not in verdict.closing]
-        return verdict.closing + "".join(f"\n\n{line}" for line in lines)
+        return verdict.closing + "".join([f"\n\n{line}" for line in lines])
 
     def end(self, error: str = "") -> None:
         """Completes the turn as it was said, once."""
@@ -293,7 +312,7 @@ class Telling:
         turn.said = "".join(self._said)
         if turn.streamed or (turn.output and not turn.output.action.stops and not error):
             turn.reasoning = reply.released(REASONING)
-            turn.calls = tuple(self._call(channel, reply.released(channel)) for channel in reply.called)
+            turn.calls = tuple([self._call(channel, reply.released(channel)) for channel in reply.called])
         turn.guard_input_ms = round(self.steps.guard_input * 1000, 3) if turn.input else None
         turn.guard_output_ms = round(self.steps.guard_output * 1000, 3) if turn.output else None
         turn.total_ms = self._elapsed()

@@ -82,7 +82,7 @@ async def recall(service: Service, turn: Turn, messages: tuple[Message, ...], af
     except StoreDown:
         service.metrics.store_errors.inc()
     turn.conversation = turn.conversation or new_id("conv_")
-    return replace(thread, news=tuple(ticket for ticket in news if thread.owns(ticket)))
+    return replace(thread, news=tuple(ticket for ticket in news if thread.owns(ticket))) if news else thread
 
 
 async def _continued(service: Service, turn: Turn, messages: tuple[Message, ...], after: str) -> Thread:

@@ -108,6 +108,11 @@ class Fleet:
         """Request parameters that the engines of a release must not be sent."""
         return self._layout.pool(release).without
 
+    def spreads(self, release: Release) -> bool:
+        """True when there are several engines that could be asked for a release."""
+        pools = self._layout.pools
+        return any(len(pools[one.pool].members) > 1 for one in self._layout.way(release))
+
     def require(self, release: Release) -> None:
         """Raises ApiError (503) when no engine answers that could be asked for a release or one it falls back to."""
         pools = [self._layout.pools[one.pool] for one in self._layout.way(release)]
@@ -161,7 +166,10 @@ class Fleet:
 
     async def complete(self, prompt: Prompt, release: Release, affinity: str = "", trail: Trail | None = None) -> Delta:
         """The whole reply; cancelling it cancels the engine's work. Raises BackendError."""
-        return await self._complete(self._journey(prompt, release, affinity, trail), prompt)
+        journey = self._journey(prompt, release, affinity, trail)
+        return await self._whole(
+            journey, lambda member: journey.pool.caller.complete(member.upstream(journey.release.model), prompt)
+        )
 
     async def post(self, path: str, body: Mapping[str, Any], release: Release) -> bytes:
         """What an engine answers to another request than for a chat, as it came; raises BackendError."""
@@ -179,6 +187,11 @@ class Fleet:
             journey,
             lambda member: journey.pool.caller.probability(member.upstream(journey.release.model), messages),
         )
+
+    def has_shadow(self, release: Release) -> bool:
+        """True when another release is tried in the shadow of this one's model."""
+        line = self._layout.lines.get(release.public)
+        return line is not None and line.shadow is not None
 
     def shadow(
         self,
@@ -211,7 +224,7 @@ class Fleet:
         reply, error = None, ""
         try:
             async with self._layout.pool(release).admission.slot("shadow"):
-                reply = await self._complete(self._journey(prompt, release, affinity, None), prompt)
+                reply = await self.complete(prompt, release, affinity)
         except ApiError as shed:
             error = shed.code
         except BackendError as failure:
@@ -222,11 +235,6 @@ class Fleet:
         self._metrics.shadow_requests.labels(release.public, error or "answered").inc()
         if said is not None:
             said(Shadowed(release, reply, error, self._clock() - began))
-
-    async def _complete(self, journey: Journey, prompt: Prompt) -> Delta:
-        return await self._whole(
-            journey, lambda member: journey.pool.caller.complete(member.upstream(journey.release.model), prompt)
-        )
 
     async def _whole(self, journey: Journey, ask: Callable[[Member], Awaitable[T]]) -> T:
         """What the first engine answers that answers at all."""

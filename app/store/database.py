@@ -15,10 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import orjson
-from alembic.config import Config
-from alembic.runtime.environment import EnvironmentContext
-from alembic.script import ScriptDirectory
-from sqlalchemy import JSON, Boolean, Connection, Float, Insert, Integer, Table, event, text
+from sqlalchemy import JSON, Boolean, Connection, Float, Insert, Integer, Table, event, inspect, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -35,6 +32,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 Work = Callable[[AsyncConnection], Awaitable[T]]
 MIGRATIONS = Path(__file__).with_name("migrations")
+VERSIONS = "alembic_version"
 BUSY_SECONDS = 5.0
 """How long SQLite waits for another process's lock, and a PostgreSQL connection for the server."""
 PATIENCE = 10.0
@@ -350,6 +348,13 @@ async def _write_ahead(url: URL) -> None:
 
 
 def _upgrade(connection: Connection, seals: Seals | None) -> None:
+    """Runs the migrations that are due; where none is, Alembic and its 15 MB are not loaded."""
+    if _is_current(connection):
+        return
+    from alembic.config import Config
+    from alembic.runtime.environment import EnvironmentContext
+    from alembic.script import ScriptDirectory
+
     config = Config()
     config.attributes["seals"] = seals
     config.set_main_option("script_location", str(MIGRATIONS))
@@ -358,3 +363,12 @@ def _upgrade(connection: Connection, seals: Seals | None) -> None:
     with EnvironmentContext(config, script, fn=lambda revision, _: script._upgrade_revs("head", revision)) as run:
         run.configure(connection=connection)
         run.run_migrations()
+
+
+def _is_current(connection: Connection) -> bool:
+    """True when the last migration that there is was the last one that ran."""
+    if not inspect(connection).has_table(VERSIONS):
+        return False
+    ran = connection.execute(text(f"SELECT version_num FROM {VERSIONS}")).scalars().all()  # noqa: S608 - our own name
+    newest = max(path.name.partition("_")[0] for path in (MIGRATIONS / "versions").glob("[0-9]*_*.py"))
+    return ran == [newest]

@@ -174,6 +174,7 @@ def test_unknown_keys_are_all_told_with_their_lines_and_the_nearest_known_key(tm
         ("model = 3", "model = 3 is not a path"),
         ('held_out = ""', 'held_out = "" is not a path or "none"'),
         ('stop = "often"', 'stop = "often" is not a number or "none"'),
+        ("stop = true", 'stop = true is not a number or "none"'),
         ('optimiser.lr = "fast"', 'optimiser.lr = "fast" is not a number'),
         ("optimiser = 3", "optimiser = 3 is not a table of lr, betas, schedule, clip"),
         ('optimiser.schedule = "cos"', 'optimiser.schedule = "cos" is not one of "constant", "linear"'),
@@ -243,6 +244,11 @@ def test_an_override_that_cannot_be_used_is_told_as_it_was_given(tmp_path, overr
     assert problems(path, override) == (f"override {override!r}: {told}",)
 
 
+def test_of_two_overrides_the_one_that_counts_is_told():
+    (told,) = problems(None, "model=m", "optimiser.lr=2", 'optimiser={lr = "fast"}')
+    assert told.startswith("override 'optimiser={lr = \"fast\"}': optimiser.lr")
+
+
 def test_an_override_of_a_list_without_quotes_says_what_lacks(tmp_path):
     (told,) = problems(None, "model=m", "data=[a.jsonl]")
     assert told.startswith("override 'data=[a.jsonl]': the value is not valid TOML: ")
@@ -270,6 +276,11 @@ def test_a_recipe_is_written_as_a_person_would():
         '\n[lora]\nlr = 0.0001\nbetas = [0.9, 0.999]\nschedule = "linear"\nclip = 1.0\n'
         "\n[shares]\n"
     )  # limit and held_out are None by default and left out
+
+
+def test_whole_numbers_of_numbers_are_written_as_they_will_be_read():
+    text = dump(Recipe(model=Path("/m"), stop=1, optimiser=Adam(lr=2)))
+    assert "stop = 1.0\n" in text and "lr = 2.0\n" in text and "epochs = 1\n" in text
 
 
 def test_relative_paths_are_written_so_that_they_mean_the_same_elsewhere(tmp_path, monkeypatch):

@@ -97,12 +97,15 @@ def test_the_page_is_whole_by_itself_and_in_one_file(tmp_path):
             ["Loss", "Perplexity", "Entropy", "Learning rate", "Gradient norm", "Throughput"],
         ),
         (["loss", "test/accuracy", "test/accuracy/hr", "test/ece"], ["Loss", "Accuracy", "Calibration error"]),
-        (["loss", "rewards/chosen", "rewards/rejected", "accuracy"], ["Reward", "Loss", "Accuracy"]),
+        (["loss", "accuracy", "margin", "gain/chosen", "gain/rejected", "test/gain/chosen", "test/margin"],
+         ["Loss", "Accuracy", "Margin", "Gain"]),
+        (["loss", "accuracy", "baseline", "gain", "test/gain", "count"], ["Loss", "Accuracy", "Gain", "count"]),
         (
-            ["reward/mean", "reward/std", "reward/kind", "kl/reply", "kl/k1", "kl/k3", "value/explained", "value/loss",
+            ["reward/mean", "reward/std", "rewards/kind", "signs/held_out", "test/score", "kl/reply", "kl/k1", "kl/k3",
+             "value/explained", "value/loss", "constraint/kind",
              "policy/loss", "policy/grad", "value/grad", "reply/tokens", "tokens/s", "lr"],
-            ["Reward", "KL to the reference", "KL estimates", "Policy loss", "Length", "Explained variance",
-             "Value loss", "Learning rate", "Gradient norm", "Throughput"],
+            ["Reward", "KL to the reference", "KL estimates", "Constraints", "Policy loss", "Length",
+             "Explained variance", "Value loss", "Learning rate", "Gradient norm", "Throughput"],
         ),
         (["odd/one", "odd/two", "new"], ["new", "odd"]),
     ],
@@ -143,7 +146,9 @@ def test_the_kl_has_the_line_of_its_budget(tmp_path, key):
     assert f"{key} 4" in found.of("text")
     assert "level" in [attrs.get("class") for tag, attrs in found.tags if tag == "path"]
     (tmp_path / "recipe.toml").write_text(f"[settings.kl]\n{key} = 400.0\n")
-    assert f"The {key} of 400 is far above the plot." in page(tmp_path).text
+    found = page(tmp_path)
+    assert f"The {key} of 400 is far above the plot." in found.text
+    assert "level" not in [attrs.get("class") for tag, attrs in found.tags if tag == "path"]
 
 
 def test_a_recipe_is_shown_as_it_is_even_when_it_is_no_toml(tmp_path):
@@ -358,6 +363,14 @@ def test_results_are_a_table_with_intervals(tmp_path):
     assert [text for text in found.of("b") if text.strip()] == ["0.634", "5.40", "0.250"]
     assert found.of("td") == ["0.600 to 0.670", "1,700", "–", "–", "–", "–"]
     assert [attrs["class"] for tag, attrs in found.tags if tag == "svg"] == ["whisker"]
+
+
+def test_results_within_others_have_the_names_of_all(tmp_path):
+    one = {"value": 0.5, "low": 0.4, "high": 0.6, "n": 9}
+    results = {"members": [one, one], "slices": {"hr": one}, "like": {"within": 0.1, "accuracy": one}, "text": "x"}
+    (tmp_path / "evaluation.json").write_text(json.dumps(results))
+    heads = "".join(page(tmp_path).of("th")).replace("measurevalueintervaln", "")
+    assert heads == "members/1members/2slices/hrlike/withinlike/accuracy"
 
 
 @pytest.mark.parametrize(

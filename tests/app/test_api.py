@@ -337,7 +337,7 @@ async def test_a_fault_of_ours_is_a_500_in_openais_form_and_tells_nothing(
         def broken(*args: object) -> None:
             raise RuntimeError("Geheimnis")
 
-        for part in ("app.chat.judged", "guardrails.engine.Guard.feed", "app.exchange.answer"):
+        for part in ("app.chat.judged", "guardrails.engine.Guard.feed", "app.exchange.answered"):
             with monkeypatch.context() as patch:
                 patch.setattr(part, broken)
                 status, headers, raw = await gateway.raw("POST", "/v1/chat/completions", data=chat(USER))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import closing
 from typing import Any
 
 import aiohttp
@@ -14,13 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import frames
-from app.backends import OpenAIBackend, Prompt, Timeouts, Upstream, written
+from app.backends import Alarm, OpenAIBackend, Prompt, Timeouts, Upstream, written
 from app.frames import (
     BackendError,
     CallDelta,
     Delta,
     More,
     events,
+    joined,
     read_chunk,
     read_completion,
     tokens_of,
@@ -223,7 +225,7 @@ async def test_an_engine_that_is_not_there_is_unreachable() -> None:
 async def test_closing_the_stream_hangs_up_at_once() -> None:
     async with FakeUpstream(Script(["a", "b"], end="hang")) as upstream, aiohttp.ClientSession() as session:
         stream = OpenAIBackend(session).stream(Upstream(upstream.url, "m"), PROMPT)
-        while (await anext(stream)).text != "b":
+        while not (await anext(stream)).text.endswith("b"):  # perhaps both at once
             pass
         await stream.aclose()
         assert (await upstream.seen[0].finished(1.0)).gone
@@ -353,3 +355,56 @@ async def test_a_grader_that_is_late_or_broken_is_an_error_of_the_engine() -> No
             with pytest.raises(kind):
                 await backend.probability(Upstream(url, "m"), PROMPT.messages)
         await runner.cleanup()
+
+
+# --- what came together
+
+
+def test_text_that_came_together_is_one_piece_that_knows_its_parts() -> None:
+    logprobs, call = Delta("c", logprobs=(("c", b"{}"),)), Delta(calls=(CallDelta(0, "f"),))
+    given = [Delta("a"), Delta("bb"), logprobs, Delta(reasoning="r"), Delta("d"), call, Delta("e"), Delta("f", "stop")]
+    ab = Delta("abb", lengths=(1, 2))
+    assert list(joined(given)) == [ab, logprobs, Delta(reasoning="r"), Delta("d"), call, Delta("e"), Delta("f", "stop")]
+    assert ab.pieces == 2 and ab.first(1) == Delta("a") and ab.first(5) is ab and Delta("d").pieces == 1
+
+
+def test_text_before_a_failure_is_not_lost() -> None:
+    def deltas() -> Iterator[Delta]:
+        yield from (Delta("a"), Delta("b"))
+        raise BackendError("broken", "The engine reported an error.")
+
+    told = joined(deltas())
+    assert next(told).text == "ab"
+    with pytest.raises(BackendError, match="reported"):
+        next(told)
+
+
+async def test_frames_that_came_in_one_read_are_told_as_one_piece_with_their_count() -> None:
+    async with FakeUpstream(Script(list("abcdef"), end="done")) as upstream, aiohttp.ClientSession() as session:
+        pieces = [delta async for delta in OpenAIBackend(session).stream(Upstream(upstream.url, "m"), PROMPT)]
+    assert "".join(one.text for one in pieces) == "abcdef" and sum(one.pieces for one in pieces if one.text) == 6
+
+
+async def test_an_alarm_rings_for_the_wait_that_is_too_long_and_for_no_other() -> None:
+    clock = asyncio.get_running_loop().time
+    with closing(Alarm()) as alarm:
+        for _ in range(3):
+            assert await alarm.within(clock() + 0.2, asyncio.sleep(0.1, "done")) == "done"  # 0.3 s in all
+        await asyncio.sleep(0.3)  # nobody waits
+        began = clock()
+        with pytest.raises(TimeoutError):
+            await alarm.within(began + 0.1, asyncio.sleep(5))
+        assert clock() - began < 1
+        assert await alarm.within(clock() + 5, asyncio.sleep(0, "again")) == "again"
+
+
+async def test_a_task_that_is_cancelled_while_an_alarm_is_set_is_cancelled() -> None:
+    async def waiting() -> None:
+        with closing(Alarm()) as alarm:
+            await alarm.within(asyncio.get_running_loop().time() + 30, asyncio.sleep(30))
+
+    task = asyncio.create_task(waiting())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

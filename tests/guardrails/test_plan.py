@@ -106,7 +106,7 @@ async def test_the_shipped_patterns_together_decide_as_each_that_reads_everythin
 def test_of_ordinary_text_no_rule_is_asked_and_no_view_is_made() -> None:
     from guardrails.reading import Seen
 
-    seen = Seen("I have been here for two years. How do I ask for a raise?", plan_of(SHIPPED).patterns)
+    seen = Seen("I have been here for two years. How do I ask for a raise?", plan_of(SHIPPED))
     assert all(seen.is_quiet(place) for place in range(len(SHIPPED)))
     assert list(seen.views) == []
 

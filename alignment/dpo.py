@@ -64,8 +64,12 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     parallel = Parallel(how.device)
     torch.manual_seed(how.seed)
     model = Model.load(how.model, str(parallel.device))
-    sets = [dataset.read(path, PreferencePair) for path in how.data]
+    sets = [dataset.read(path, PreferencePair, tell) for path in how.data]
     rows, held_out = (_rows(model, sets, split, how, tell) for split in ("train", "test"))
+    if not rows:
+        raise dataset.DatasetError(
+            "there are no pairs to train on: none is of the split `train`, or all are longer than max_length"
+        )
     updates = schedule([len(row) for row in rows], how.rows, how.tokens, how.epochs, how.seed)
     run = Run.open(how.output, recipes.dump(how), len(updates), parallel, tell, how.checkpoint)
     optimiser = Optimiser(model.adapt(ADAPTER, how.lora), how.optimiser, len(updates), parallel)
@@ -147,8 +151,9 @@ def loss(model: Model, rows: Sequence[Row], references: Tensor, how: Recipe) -> 
 def evaluate(model: Model, rows: Sequence[Row], references: Tensor, how: Recipe) -> dict[str, float]:
     """Loss, accuracy and margin on pairs that are not trained."""
     sums: dict[str, float] = {}
-    for at in range(0, len(rows), 8):
-        part = loss(model, rows[at : at + 8], references[at : at + 8], how)
+    for lines in plan([len(row) for row in rows], how.tokens, 0):
+        numbers = [i for line in lines for i in line]
+        part = loss(model, [rows[i] for i in numbers], references[numbers], how)
         for name, value in (("loss", float(part.loss)), *part.sums.items()):
             sums[name] = sums.get(name, 0.0) + value
     return {f"test/{name}": value / len(rows) for name, value in sums.items()}

@@ -1,13 +1,14 @@
 """Learning from thumbs: replies that were found good or bad, each by itself (Ethayarajh et al. 2024, arXiv:2402.01306).
 
 What a reply gains over the reference is compared with what replies to other prompts gain: the KL of the policy, for
-which each reply of a part is read behind the prompt of another.
+which each reply of an update is read behind the prompt of another. The reference's chances are computed once, before
+the first update: the reference is the base without the adapter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from alignment.loop import Adam, Optimiser, Parallel, Part, Run, Tell, fit
 from alignment.lora import LoraShape
 from alignment.model import Model
 from alignment.records import Rating
-from alignment.tokens import Row, batch, schedule
+from alignment.tokens import Row, batch, plan, schedule
 
 ADAPTER = "kto"
 
@@ -29,7 +30,7 @@ class Recipe:
     """How a policy learns from ratings; what is not said here is as in `sft.Recipe`.
 
     beta: how dear it is to leave the reference. up, down: weights of good and of bad replies; None: so that both kinds
-    weigh the same however many there are. tokens: of a forward pass; it has at least two replies.
+    weigh the same however many there are.
     """
 
     model: Path
@@ -49,14 +50,31 @@ class Recipe:
     often: int = 50
     checkpoint: int = 50
 
+    def __post_init__(self) -> None:
+        if self.beta <= 0:
+            raise ValueError("beta is more than 0")
+
 
 @dataclass(frozen=True, slots=True)
 class Rated:
-    """A reply to its prompt, whether it is good, and the reply behind the prompt of another."""
+    """A reply to its prompt, whether it is good, and the reply behind the prompt of another; ln p of both by the base,
+    once it is known."""
 
     row: Row
     good: bool
     other: Row
+    reference: tuple[float, float] = (0.0, 0.0)
+
+    def __len__(self) -> int:
+        return max(len(self.row), len(self.other))
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """Replies, by their numbers, that share a forward pass of an update."""
+
+    update: int
+    numbers: Sequence[int]
 
 
 def train(how: Recipe, tell: Tell = print) -> Path:
@@ -64,18 +82,30 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     parallel = Parallel(how.device)
     torch.manual_seed(how.seed)
     model = Model.load(how.model, str(parallel.device))
-    sets = [dataset.read(path, Rating) for path in how.data]
+    sets = [dataset.read(path, Rating, tell) for path in how.data]
     rows, held_out = (_rated(model, sets, split, how, tell) for split in ("train", "test"))
-    updates = schedule([len(one.row) for one in rows], how.rows, how.tokens, how.epochs, how.seed)
+    if not rows:
+        raise dataset.DatasetError(
+            "there are no replies to train on: none is of the split `train`, or all are longer than max_length"
+        )
+    parts = schedule([len(one) for one in rows], how.rows, how.tokens, how.epochs, how.seed)
+    updates = [[Item(k, [i for line in lines for i in line]) for lines in some] for k, some in enumerate(parts)]
     run = Run.open(how.output, recipes.dump(how), len(updates), parallel, tell, how.checkpoint)
     optimiser = Optimiser(model.adapt(ADAPTER, how.lora), how.optimiser, len(updates), parallel)
     weights = _weights(rows, how)
+    tell(f"computing the reference's chances of {len(rows) + len(held_out)} replies")
+    rows, held_out = (referred(model, some, how.tokens) for some in (rows, held_out))
+    baselines: dict[int, Tensor] = {}
 
-    def forward(lines: Sequence[Sequence[int]]) -> Part:
-        return loss(model, [rows[i] for line in lines for i in line], how.beta, weights)
+    def forward(item: Item) -> Part:
+        if item.update not in baselines:  # of the whole update, in all processes, with the weights before it
+            numbers = [i for part in updates[item.update] for i in part.numbers]
+            baselines.clear()
+            baselines[item.update] = baseline(model, [rows[i] for i in numbers], how.tokens)
+        return loss(model, [rows[i] for i in item.numbers], baselines[item.update], how.beta, weights)
 
     def measure() -> Mapping[str, float]:
-        return evaluate(model, held_out, how.beta, weights) if held_out else {}
+        return evaluate(model, held_out, how.beta, weights, how.tokens) if held_out else {}
 
     fit(run, optimiser, updates, forward, measure, how.often)
     if parallel.leads:
@@ -92,12 +122,27 @@ def train(how: Recipe, tell: Tell = print) -> Path:
 def _rated(model: Model, sets: Sequence[dataset.Dataset[Rating]], split: str, how: Recipe, tell: Tell) -> list[Rated]:
     ratings = [one for some in sets for one in some.records if one.split == split]
     rows = [model.template.reply(one.prompt, one.completion) for one in ratings]
-    others = [_behind(rows[i - 1], row) for i, row in enumerate(rows)]
-    rated = [Rated(row, one.label, other) for row, one, other in zip(rows, ratings, others, strict=True)]
-    kept = [one for one in rated if max(len(one.row), len(one.other)) <= how.max_length]
+    rated = [
+        Rated(row, one.label, _behind(other, row)) for row, one, other in zip(rows, ratings, _others(rows), strict=True)
+    ]
+    kept = [one for one in rated if len(one) <= how.max_length]
     if len(kept) < len(rated):
-        tell(f"{len(rated) - len(kept)} of {len(rated)} replies are longer than {how.max_length} tokens and left out")
+        tell(
+            f"{len(rated) - len(kept)} of {len(rated)} replies are longer than {how.max_length} tokens behind their "
+            "prompt or another and left out (max_length)"
+        )
     return kept
+
+
+def _others(rows: Sequence[Row]) -> list[Row]:
+    """For each row one before it, or from the end, that has another prompt: the same prompt is often rated twice."""
+    found: list[Row] = []
+    other = next((row for row in reversed(rows) if row.prompt != rows[0].prompt), None)
+    for i, row in enumerate(rows):
+        if i and rows[i - 1].prompt != row.prompt:
+            other = rows[i - 1]
+        found.append(other or row)
+    return found
 
 
 def _behind(other: Row, row: Row) -> Row:
@@ -114,33 +159,55 @@ def _weights(rows: Sequence[Rated], how: Recipe) -> tuple[float, float]:
     return how.up if how.up is not None else even[0], how.down if how.down is not None else even[1]
 
 
-def gains(model: Model, rows: Sequence[Row]) -> Tensor:
-    """ln p - ln p_reference of each reply, [rows]."""
+def sums(model: Model, rows: Sequence[Row], adapter: str | None = ADAPTER) -> Tensor:
+    """ln p of each reply, [rows]."""
     some = batch([[row] for row in rows]).to(model.device)
-    with torch.no_grad():
-        base = model.told(some, model.states(some)).logprobs.sum(-1)
-    return model.told(some, model.states(some, ADAPTER)).logprobs.sum(-1) - base
+    return model.told(some, model.states(some, adapter)).logprobs.sum(-1)
 
 
-def loss(model: Model, rated: Sequence[Rated], beta: float, weights: tuple[float, float]) -> Part:
+@torch.no_grad()
+def _whole(model: Model, rows: Sequence[Row], tokens: int, adapter: str | None) -> Tensor:
+    """ln p of any number of replies, without a gradient, [rows]."""
+    found = torch.zeros(len(rows), device=model.device)
+    for lines in plan([len(row) for row in rows], tokens, 0):
+        numbers = [i for line in lines for i in line]
+        found[numbers] = sums(model, [rows[i] for i in numbers], adapter)
+    return found
+
+
+def referred(model: Model, rated: Sequence[Rated], tokens: int) -> list[Rated]:
+    """The replies with what the base says of them."""
+    said = _whole(model, [one.row for one in rated], tokens, None).tolist()
+    others = _whole(model, [one.other for one in rated], tokens, None).tolist()
+    return [replace(one, reference=pair) for one, pair in zip(rated, zip(said, others, strict=True), strict=True)]
+
+
+def baseline(model: Model, rated: Sequence[Rated], tokens: int) -> Tensor:
+    """The KL of the policy from the base: what replies gain behind other prompts on average, at least 0; a scalar."""
+    base = torch.tensor([one.reference[1] for one in rated], device=model.device)
+    return (_whole(model, [one.other for one in rated], tokens, ADAPTER) - base).mean().clamp(min=0)
+
+
+def loss(model: Model, rated: Sequence[Rated], baseline: Tensor, beta: float, weights: tuple[float, float]) -> Part:
     """The sum of the replies' losses, and what good and bad ones gain."""
-    with torch.no_grad():
-        baseline = gains(model, [one.other for one in rated]).mean().clamp(min=0)
-    gain = gains(model, [one.row for one in rated])
+    base = torch.tensor([one.reference[0] for one in rated], device=model.device)
+    gain = sums(model, [one.row for one in rated]) - base
     good = torch.tensor([one.good for one in rated], device=gain.device)
     total = losses.kto_loss(gain, good, baseline, beta, *weights).sum()
     gained = gain.detach()
     right = torch.where(good, gained > baseline, gained < baseline).sum()
-    sums = {"accuracy": right, "baseline": baseline * len(rated), "gain": torch.where(good, gained, -gained).sum()}
-    return Part(total, float(len(rated)), {name: float(value) for name, value in sums.items()})
+    told = {"accuracy": right, "baseline": baseline * len(rated), "gain": torch.where(good, gained, -gained).sum()}
+    return Part(total, float(len(rated)), {name: float(value) for name, value in told.items()})
 
 
 @torch.no_grad()
-def evaluate(model: Model, rated: Sequence[Rated], beta: float, weights: tuple[float, float]) -> dict[str, float]:
+def evaluate(
+    model: Model, rated: Sequence[Rated], beta: float, weights: tuple[float, float], tokens: int
+) -> dict[str, float]:
     """Loss, accuracy and gain on replies that are not trained."""
-    sums: dict[str, float] = {}
-    for at in range(0, len(rated), 8):
-        part = loss(model, rated[at : at + 8], beta, weights)
+    kl, found = baseline(model, rated, tokens), dict[str, float]()
+    for lines in plan([len(one) for one in rated], tokens, 0):
+        part = loss(model, [rated[i] for line in lines for i in line], kl, beta, weights)
         for name, value in (("loss", float(part.loss)), *part.sums.items()):
-            sums[name] = sums.get(name, 0.0) + value
-    return {f"test/{name}": value / len(rated) for name, value in sums.items()}
+            found[name] = found.get(name, 0.0) + value
+    return {f"test/{name}": value / len(rated) for name, value in found.items()}

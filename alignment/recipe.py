@@ -345,8 +345,15 @@ def _written(table: Any, path: tuple[str, ...], default: object) -> list[str]:
             for one in value:
                 tables += ["", f"[[{_keys(inner)}]]", *_written(one, inner, _MISSING)]
         else:
-            values.append(f"{name} = {_inline(value)}")
+            whole = type(value) is int and _is_number(_types(type(table))[name])
+            values.append(f"{name} = {_inline(float(value) if whole else value)}")  # as it will be when it is read
     return values + tables
+
+
+def _is_number(wanted: Any) -> bool:
+    """Whether a whole number is read as one with a point."""
+    choices = get_args(wanted) if _is_union(wanted) else (wanted,)
+    return float in choices and int not in choices
 
 
 def _keys(path: Sequence[str]) -> str:

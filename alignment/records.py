@@ -1,13 +1,14 @@
 """Training records: what a model learns from, one JSON object a line, in TRL's conversational formats.
 
 Demonstrations are `{"messages"}`, preference pairs `{"prompt", "chosen", "rejected"}`, ratings (unpaired, KTO)
-`{"prompt", "completion", "label"}`; each line also says where it comes from, which trainers ignore.
+`{"prompt", "completion", "label"}`, prompts `{"prompt"}`; each line also says where it comes from. `alignment.dataset`
+reads them in whatever form others write them.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -82,11 +83,14 @@ def _check_reply(name: str, reply: Sequence[Message]) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demonstration:
-    """A conversation that ends as it should: `{"messages"}`."""
+    """A conversation that ends as it should: `{"messages"}`; turns: which of the assistant's teach something."""
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
     messages: tuple[Message, ...]
+    turns: Literal["all", "last"] = "all"
+    weight: float = 1.0
     source: str = ""
+    slice: str = ""
     turn: str = ""
     policy: str = ""
     split: Split = "train"
@@ -97,13 +101,20 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreferencePair:
-    """Two replies to one prompt, of which a person preferred one: `{"prompt", "chosen", "rejected"}`."""
+    """Two replies to one prompt, of which a person preferred one: `{"prompt", "chosen", "rejected"}`.
+
+    margin: by how much, in the reward's own units. tie: neither was preferred. slice: what it is an example of.
+    """
 
     __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
     rejected: tuple[Message, ...]
+    margin: float = 0.0
+    tie: bool = False
+    weight: float = 1.0
     source: str = ""
+    slice: str = ""
     turn: str = ""
     policy: str = ""
     split: Split = "train"
@@ -122,7 +133,9 @@ class Rating:
     prompt: tuple[Message, ...]
     completion: tuple[Message, ...]
     label: bool
+    weight: float = 1.0
     source: str = ""
+    slice: str = ""
     turn: str = ""
     policy: str = ""
     split: Split = "train"
@@ -132,16 +145,35 @@ class Rating:
         _check_reply("completion", self.completion)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What is asked, without an answer: `{"prompt"}`."""
+
+    __pydantic_config__: ClassVar = ConfigDict(extra="forbid")
+    prompt: tuple[Message, ...]
+    source: str = ""
+    slice: str = ""
+    turn: str = ""
+    policy: str = ""
+    split: Split = "train"
+
+    def __post_init__(self) -> None:
+        _check_prompt(self.prompt)
+
+
 Record = Demonstration | PreferencePair | Rating
-R = TypeVar("R", Demonstration, PreferencePair, Rating)
+"""What people's opinions become."""
+Row = Record | Prompt
+"""What a data file has in a line."""
+R = TypeVar("R", Demonstration, PreferencePair, Rating, Prompt)
 
 
-_ADAPTERS: dict[type[Record], TypeAdapter[Any]] = {
-    kind: TypeAdapter(kind) for kind in (Demonstration, PreferencePair, Rating)
+_ADAPTERS: dict[type[Row], TypeAdapter[Any]] = {
+    kind: TypeAdapter(kind) for kind in (Demonstration, PreferencePair, Rating, Prompt)
 }
 
 
-def to_json(record: Record) -> str:
+def to_json(record: Row) -> str:
     """The record as one line of JSON, without the line's end."""
     return _ADAPTERS[type(record)].dump_json(record).decode()
 
@@ -151,9 +183,21 @@ def from_json(kind: type[R], line: str | bytes) -> R:
     try:
         record: R = _ADAPTERS[kind].validate_json(line, strict=True)
     except ValidationError as error:
-        problems = (f"{'.'.join(map(str, one['loc'])) or 'line'}: {one['msg']}" for one in error.errors())
-        raise ValueError("; ".join(problems)) from None
+        raise ValueError(_told(error)) from None
     return record
+
+
+def from_row(kind: type[R], row: Mapping[str, Any]) -> R:
+    """The record in a table's row; raises ValueError with every reason why it is not one."""
+    try:
+        record: R = _ADAPTERS[kind].validate_python(row)
+    except ValidationError as error:
+        raise ValueError(_told(error)) from None
+    return record
+
+
+def _told(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, one['loc'])) or 'line'}: {one['msg']}" for one in error.errors())
 
 
 class BadRecords(ValueError):

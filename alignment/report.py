@@ -52,13 +52,15 @@ class Plot:
 
 SECTIONS: dict[str, tuple[Plot, ...]] = {
     "Learning": (
-        Plot("Reward", "reward", ("reward/*", "rewards/*", "reward", "held_out", "held_out/reward*"),
-             "of a reply"),
+        Plot("Reward", "reward", ("reward/*", "rewards/*", "reward", "held_out", "*/held_out", "held_out/reward*",
+             "test/score"), "of a reply"),
         Plot("Loss", "nats", ("loss", "train/loss", "test/loss", "eval/loss"), "of the training, and held out"),
         Plot("Perplexity", "perplexity", ("perplexity", "*/perplexity"), "on held-out rows"),
-        Plot("Accuracy", "share", ("accuracy", "*/accuracy", "accuracy/*", "*/accuracy/*"),
-             "pairs whose better reply has the higher score"),
+        Plot("Accuracy", "share", ("accuracy", "*/accuracy", "accuracy/*", "*/accuracy/*", "*/accuracy_*"),
+             "what the model prefers as people did"),
         Plot("Margin", "nats", ("margin", "*/margin", "margins", "*/margins"), "of the better reply over the other"),
+        Plot("Gain", "nats per reply", ("gain", "gain/*", "*/gain", "*/gain/*", "baseline", "*/baseline"),
+             "in likelihood over the reference"),
         Plot("Calibration error", "share", ("ece", "*/ece"), "expected calibration error", low=0),
     ),
     "Policy": (
@@ -70,6 +72,7 @@ SECTIONS: dict[str, tuple[Plot, ...]] = {
         Plot("KL of an update", "nats per token", ("ppo/kl",), "from the policy that drew the replies",
              (("stop", "stop"),), 0),
         Plot("Clipped", "share", ("policy/clipped", "*/clipfrac"), "tokens whose ratio left the clip", low=0),
+        Plot("Constraints", "weight", ("constraint/*",), "multipliers; they rise while a limit is broken", low=0),
         Plot("Policy loss", "loss", ("policy/loss",), "the clipped objective; it need not fall"),
         Plot("Replay loss", "nats per token", ("replay/loss",), "on demonstrations, against the alignment tax"),
         Plot("Engine mismatch", "nats per token", ("engine/*", "rollout/kl*"), "between rollouts and the trainer"),
@@ -721,22 +724,30 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "num
 
 def _evaluation(found: object) -> str:
     """The measures with their intervals, drawn where they are shares."""
-    if not isinstance(found, dict):
-        return ""
     rows = []
-    for name, one in found.items():
-        fields = one if isinstance(one, dict) else {"value": one}
+    for name, fields in _measures(found):
         value, low, high, n = (_number(fields.get(key)) for key in ("value", "low", "high", "n"))
         if value is None:
             continue
         around = f"{shown(low)} to {shown(high)}" if low is not None and high is not None else "–"
-        told = escape(str(name))
-        rows.append([told, f"<b>{shown(value)}</b>", around, f"{n:,.0f}" if n is not None else "–",
-                     _whisker(value, low, high)])  # fmt: skip
+        count = f"{n:,.0f}" if n is not None else "–"
+        rows.append([_breaking(name), f"<b>{shown(value)}</b>", around, count, _whisker(value, low, high)])
     heads = ["measure", "value", "interval", "n", '<span class="ends"><span>0</span><span>1</span></span>']
     if not any(row[4] for row in rows):
         heads, rows = heads[:4], [row[:4] for row in rows]
     return f'<div class="card">{_table(heads, rows)}</div>' if rows else ""
+
+
+def _measures(found: object, name: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(name, value with its interval) of all that is measured, at any depth, with slashes in the name."""
+    if isinstance(found, dict) and "value" not in found:
+        for key, inner in found.items():
+            yield from _measures(inner, f"{name}/{key}" if name else str(key))
+    elif isinstance(found, list):
+        for number, inner in enumerate(found, 1):
+            yield from _measures(inner, f"{name}/{number}")
+    elif name:
+        yield name, found if isinstance(found, dict) else {"value": found}
 
 
 def _whisker(value: float, low: float | None, high: float | None) -> str:

@@ -53,8 +53,12 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     parallel = Parallel(how.device)
     torch.manual_seed(how.seed)
     model = Model.load(how.model, str(parallel.device))
-    sets = [dataset.read(path, Demonstration) for path in how.data]
+    sets = [dataset.read(path, Demonstration, tell) for path in how.data]
     rows, held_out = (_rows(model, sets, split, how, tell) for split in ("train", "test"))
+    if not rows:
+        raise dataset.DatasetError(
+            "there are no rows to train on: none is of the split `train`, or all are longer than max_length"
+        )
     updates = schedule([len(row) for row in rows], how.rows, how.tokens, how.epochs, how.seed, how.packed)
     run = Run.open(how.output, recipes.dump(how), len(updates), parallel, tell, how.checkpoint)
     adapter = ADAPTER if how.lora else None
@@ -79,9 +83,13 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     return how.output / "release"
 
 
-def _rows(model: Model, sets: Sequence[dataset.Dataset], split: str, how: Recipe, tell: Tell) -> list[Row]:
+def _rows(
+    model: Model, sets: Sequence[dataset.Dataset[Demonstration]], split: str, how: Recipe, tell: Tell
+) -> list[Row]:
     records = [one for some in sets for one in some.records if one.split == split]
-    return fitting([model.template.conversation(one.messages, how.turns) for one in records], how.max_length, tell)
+    turns: Sequence[Turns] = ["last" if how.turns == "last" else one.turns for one in records]
+    rows = [model.template.conversation(one.messages, which) for one, which in zip(records, turns, strict=True)]
+    return fitting(rows, how.max_length, tell)
 
 
 def loss(model: Model, adapter: str | None, lines: Sequence[Sequence[Row]]) -> Part:
@@ -99,4 +107,4 @@ def evaluate(model: Model, adapter: str | None, rows: Sequence[Row], tokens: int
     for lines in plan([len(row) for row in rows], tokens, 0):
         part = loss(model, adapter, [[rows[i] for i in line] for line in lines])
         total, count = total + float(part.loss), count + part.count
-    return {"test/loss": total / count, "test/perplexity": math.exp(total / count)}
+    return {"test/loss": total / count, "test/perplexity": math.exp(min(total / count, 700.0))}

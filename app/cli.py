@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 from alignment import pretrained
-from app import guard_cli
+from app import guard_cli, train_cli
 from app.audit_cli import audit_app
 from app.keys_cli import keys_app
 from app.policies import library
@@ -72,6 +72,7 @@ tenants_app = _group("tenants", "Tenants: each has a policy.")
 tickets_app = _group("tickets", "Turns that were handed to a person.")
 webhooks_app = _group("webhooks", "Deliveries that announce tickets.")
 app.add_typer(guard_cli.app, name="guard")
+app.add_typer(train_cli.app, name="train")
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -27,19 +27,19 @@ def sft(recipe: File = None, changes: Changes = None, dry_run: Dry = False) -> N
 
 @app.command()
 def reward(recipe: File = None, changes: Changes = None, dry_run: Dry = False) -> None:
-    """Makes a reward model from pairs of which one reply was preferred."""
+    """Makes a reward model from preferred replies."""
     _train("reward", recipe, changes, dry_run)
 
 
 @app.command()
 def ppo(recipe: File = None, changes: Changes = None, dry_run: Dry = False) -> None:
-    """Makes a policy that is rewarded more, without going far from where it began."""
+    """Makes a policy that is rewarded more."""
     _train("ppo", recipe, changes, dry_run)
 
 
 @app.command()
 def dpo(recipe: File = None, changes: Changes = None, dry_run: Dry = False) -> None:
-    """Makes a policy from pairs, without a reward model."""
+    """Makes a policy straight from pairs."""
     _train("dpo", recipe, changes, dry_run)
 
 

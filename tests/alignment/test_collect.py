@@ -292,7 +292,8 @@ RATING = Rating(prompt=PROMPT, completion=assistant("No \u2028 \U0001f600."), la
 )
 def test_records_are_written_in_trls_conversational_formats(record, columns: set[str]) -> None:
     written = json.loads(to_json(record))
-    assert set(written) - {"source", "turn", "policy", "split"} == columns
+    ours = {"source", "turn", "turns", "policy", "split", "slice", "weight", "margin", "tie"}
+    assert set(written) - ours == columns
     for column in columns - {"label"}:
         assert all(set(message) == {"role", "content"} for message in written[column])
     assert from_json(type(record), to_json(record)) == record

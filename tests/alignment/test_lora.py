@@ -81,14 +81,14 @@ def test_peft_reads_what_is_written_and_it_is_read_again(tmp_path: Path) -> None
     again.adapt("first", SHAPE)
     again.adapters.load("a", tmp_path)  # type: ignore[union-attr]
     assert torch.equal(said(again, "a"), expected)
-    with pytest.raises(ValueError, match="does not fit this model: .* tensors differ"):
+    with pytest.raises(ValueError, match=r"does not fit this model: .* tensors differ"):
         wider = tiny.model(num_hidden_layers=1)
         wider.adapt("first", SHAPE)
         wider.adapters.load("a", tmp_path)  # type: ignore[union-attr]
 
 
 def test_a_model_without_the_named_layers_is_refused() -> None:
-    with pytest.raises(ValueError, match="none of the layers wqkv; name its own in `lora.targets`"):
+    with pytest.raises(ValueError, match=r"none of the layers wqkv; name its own in `lora.targets`"):
         tiny.model().adapt("a", LoraShape(4, 8.0, ("wqkv",)))
 
 

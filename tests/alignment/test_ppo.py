@@ -61,12 +61,12 @@ def few_words(seed: int) -> Model:
 
 
 def bandit(whiten: bool, critic: Any, beta: float = 0.5) -> float:
-    """The total variation between the trained policy and the optimum of one step, reference * exp(reward / beta) / Z."""
+    """The total variation between the trained policy and the optimum, reference * exp(reward / beta) / Z."""
     worth = torch.linspace(-1, 1, 16)
     model = few_words(0)
     how = Settings(
-        prompts=1, samples=256, limit=1, epochs=2, stop=None, kl=Kl(beta), missing_end=0.0, whiten=whiten, critic=critic,
-        value_weight=0.5, tokens=2048,
+        prompts=1, samples=256, limit=1, epochs=2, stop=None, kl=Kl(beta), missing_end=0.0, whiten=whiten,
+        critic=critic, value_weight=0.5, tokens=2048,
     )  # fmt: skip
     made = ppo(how, lr=3e-3, updates=100, score=lambda replies: worth[[one.ids[0] for one in replies]], model=model)
     for seed in range(100):
@@ -337,7 +337,7 @@ def test_a_run_goes_on_to_the_same_bits() -> None:  # E1, in memory
 
 @pytest.mark.parametrize("changes", [{"temperature": 0.0}, {"epochs": 0}, {"prompts": 0}])
 def test_settings_that_make_no_sense_are_refused(changes: dict[str, Any]) -> None:  # B5
-    with pytest.raises(ValueError, match="at least 1|more than 0"):
+    with pytest.raises(ValueError, match=r"at least 1|more than 0"):
         replace(SMALL, **changes)
 
 

@@ -230,11 +230,12 @@ def steps(made: RewardModel, how: Recipe, pairs: Sequence[Pair]) -> None:
         together.step()
 
 
-def test_members_learn_as_if_each_were_alone_but_not_the_same() -> None:
-    how = replace(HOW, rows=4, epochs=3, optimiser=Adam(lr=1e-2, clip=0.1, eps=0.1))  # where scale would show
+@pytest.mark.parametrize("clip", [0.0, 0.1])
+def test_members_learn_as_if_each_were_alone_but_not_the_same(clip: float) -> None:
+    how = replace(HOW, rows=4, epochs=3, optimiser=Adam(lr=1e-2, clip=clip, eps=0.1))  # where scale would show
     crowd, single = reward(3, stir=False), reward(1, stir=False)
     pairs = some(crowd) * 2  # the last update of an epoch has two pairs, at another place for each member
-    steps(crowd, how, pairs)
+    steps(crowd, replace(how, members=3), pairs)
     steps(single, replace(how, members=1), pairs)
     for a, b in zip(crowd.parameters("reward-0"), single.parameters("reward-0"), strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)

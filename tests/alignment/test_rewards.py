@@ -66,10 +66,11 @@ def server() -> Iterator[tuple[str, list[Any]]]:
 def test_a_server_is_asked_with_prompts_and_texts(server: tuple[str, list[Any]]) -> None:
     url, seen = server
     assert list(built(Source(name="far", kind="http", url=url))(said("ab", "abc"))) == [2.0, 3.0]
-    assert seen == [{"replies": [{"prompt": [{"role": "user", "content": "What does Jane earn?"}], "text": text} for text in ("ab", "abc")]}]  # fmt: skip
-    with pytest.raises(RewardError, match="the reward 'far' at .*/short answered no number for each of 2 replies"):
+    prompt = [{"role": "user", "content": "What does Jane earn?"}]
+    assert seen == [{"replies": [{"prompt": prompt, "text": text} for text in ("ab", "abc")]}]
+    with pytest.raises(RewardError, match=r"the reward 'far' at .*/short answered no number for each of 2 replies"):
         built(Source(name="far", kind="http", url=f"{url}/short"))(said("ab", "abc"))
-    with pytest.raises(RewardError, match="the reward 'far' at http://127.0.0.1:9: URLError"):
+    with pytest.raises(RewardError, match=r"the reward 'far' at http://127.0.0.1:9: URLError"):
         built(Source(name="far", kind="http", url="http://127.0.0.1:9"))(said("ab"))
 
 
@@ -99,8 +100,10 @@ def test_a_score_is_the_weighted_sum_less_what_constraints_cost() -> None:
 
 def test_the_weight_of_a_constraint_rises_while_it_is_broken_and_falls_while_it_is_kept() -> None:
     mixed = Mixed(
-        [Source(name="c", kind="pattern", pattern="x", limit=0.2), Source(name="g", kind="guard", policy="p", limit=0.9)],
-        {}, Lagrange(first=1.0, rate=1.0, window=10, most=3.0, delay=1),
+        [
+            Source(name="c", kind="pattern", pattern="x", limit=0.2),
+            Source(name="g", kind="guard", policy="p", limit=0.9),
+        ], {}, Lagrange(first=1.0, rate=1.0, window=10, most=3.0, delay=1),
     )  # fmt: skip
     assert mixed.settle({"c": 0.9, "g": 1.0}, 10) == {"constraint/c": 1.0, "constraint/g": 1.0}  # it waits
     first = mixed.settle({"c": 0.9, "g": 1.0}, 10)

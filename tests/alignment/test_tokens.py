@@ -26,8 +26,9 @@ MISTRAL = (
     "{% else %} {{ m['content'] }}</s>{% endif %}{% endfor %}"
 )
 THINKS = (  # as Qwen3: what was thought in earlier turns is left out, and the prompt opens what the turn begins with
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% if m['role'] == 'assistant' and loop.last %}<think>\n{% endif %}"
-    "{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' and loop.last %}<think>\n{% endif %}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
 )
 TEMPLATES = {
     "chatml": (tiny.CHATML, tiny.SPECIAL, "<|im_end|>"),

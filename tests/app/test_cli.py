@@ -153,6 +153,7 @@ def test_every_command_is_there_and_says_in_one_line_what_it_does() -> None:
     | privacy erase, privacy export, privacy retain, privacy seal
     | policy activate, policy list, policy put, policy rollback, policy schema | tenants list, tenants put
     | tickets answer, tickets close, tickets list, tickets show | vault forget, vault show
+    | train dpo, train kto, train ppo, train reward, train sft
     | webhooks list, webhooks retry"""
     single, *groups = names.split("|")
     assert set(found) == {*single.split(), *(name.strip() for group in groups for name in group.split(","))}

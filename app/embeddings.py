@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
@@ -52,24 +54,43 @@ class EmbeddingResponse(BaseModel):
 async def embeddings(request: Request) -> Response:
     """The engine's answer, byte by byte; nothing is recorded."""
     service = service_of(request)
-    _, tenant = await caller(request)
+    key, tenant = await caller(request)
     asked = parse(EmbeddingRequest, await read_body(request, service.settings.body_limit))
     release = service.fleet.choose(asked.model)
-    told = await _told(await reader(service, tenant), asked)
-    service.fleet.require(release)
-    try:
-        async with service.fleet.slot(release, tenant=tenant.name):
-            answer = await service.fleet.post("embeddings", told, release)
-    except BackendError as error:
-        raise _refused(error, asked.model) from None
-    return Response(answer, media_type="application/json")
-
-
-async def _told(read: Reader, asked: EmbeddingRequest) -> dict[str, Any]:
-    """What the engine is asked: each text judged, and redacted where a rule says so; raises ApiError 400."""
     texts = [asked.input] if isinstance(asked.input, str) else asked.input
     if len(texts) > MAX_TEXTS:
         raise ApiError(400, f"At most {MAX_TEXTS} texts are allowed.", code="invalid_value", param="input")
+    async with service.traffic.counted(key, texts, release) as counted:
+        told = await _told(await reader(service, tenant), asked, texts)
+        service.fleet.require(release)
+        try:
+            async with service.fleet.slot(release, tenant=tenant.name):
+                answer = await service.fleet.post("embeddings", told, release)
+        except BackendError as error:
+            raise _refused(error, asked.model) from None
+        counted.tokens = _used(answer)
+    return Response(answer, media_type="application/json", headers=dict(counted.headers))
+
+
+class _Usage(msgspec.Struct):
+    prompt_tokens: int = 0
+
+
+class _Answer(msgspec.Struct):
+    usage: _Usage | None = None
+
+
+def _used(answer: bytes) -> int:
+    """The tokens that an engine has counted; the vectors are not read."""
+    try:
+        usage = msgspec.json.decode(answer, type=_Answer).usage
+    except msgspec.DecodeError:
+        return 0
+    return usage.prompt_tokens if usage else 0
+
+
+async def _told(read: Reader, asked: EmbeddingRequest, texts: Sequence[str]) -> dict[str, Any]:
+    """What the engine is asked: each text judged, and redacted where a rule says so; raises ApiError 400."""
     said = [await _allowed(read, text, place) for place, text in enumerate(texts)]
     same = asked.model_dump(include={"encoding_format", "dimensions"}, exclude_none=True)
     return same | {"input": said[0] if isinstance(asked.input, str) else said}

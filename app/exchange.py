@@ -21,6 +21,8 @@ CONVERSATION_HEADERS = (b"x-conversation-id", b"x-openwebui-chat-id", b"chatui-c
 CONVERSATION = re.compile(r"[!-~]{1,128}")
 """Printable ASCII, since it comes back in a header."""
 RETRY = re.compile("[1-9][0-9]?")
+IDS = {"chat": "chatcmpl-", "completions": "cmpl-", "responses": "resp_", "messages": "msg_"}
+"""How the id of an answer begins in each API."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def begun(service: Service, call: Call, surface: str, key: Key, tenant: Tenant, 
     person = asked.safety_identifier or asked.user or call.header(b"x-openwebui-user-id")
     retries = call.header(b"x-stainless-retry-count")
     return Turn(
-        id=new_id("chatcmpl-"),
+        id=new_id(IDS.get(surface, "chatcmpl-")),
         conversation=_conversation(call, asked),
         tenant=tenant.name,
         key=key.id,

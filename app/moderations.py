@@ -106,13 +106,15 @@ class ModerationResponse(BaseModel):
 
 @router.post("/v1/moderations")
 async def moderations(request: Request) -> Response:
-    """What the policy's input rules find in each text; nothing is recorded."""
+    """What the policy's input rules find in each text; nothing is recorded, and it counts as one request."""
     service = service_of(request)
-    _, tenant = await caller(request)
+    key, tenant = await caller(request)
     asked = parse(ModerationRequest, await read_body(request, service.settings.body_limit))
-    read = await reader(service, tenant)
-    results = [await _result(read, text) for text in texts(asked)]
-    return JSONResponse({"id": new_id("modr-"), "model": read.policy.id, "results": results})
+    async with service.traffic.counted(key, texts(asked)) as counted:
+        read = await reader(service, tenant)
+        results = [await _result(read, text) for text in texts(asked)]
+    told = {"id": new_id("modr-"), "model": read.policy.id, "results": results}
+    return JSONResponse(told, headers=dict(counted.headers))
 
 
 def texts(asked: ModerationRequest) -> list[str]:

@@ -84,6 +84,7 @@ class Telling:
             offered=[one.name for one in definitions(asked.seen) if one.name in offered] if offered else (),
             structured=request.structured,
             restored=partial(restore, values=self._values, json=True),
+            streamed=turn.streamed,
         )
         self._tokens = _Tokens() if request.logprobs else None
         self._more: More | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from app.admission import Slot
@@ -31,6 +32,14 @@ class Permit:
         return self.reservation.headers
 
 
+@dataclass(slots=True)
+class Counted:
+    """A request that counts: what its client is told of its limits, and how many tokens it has used."""
+
+    headers: Mapping[str, str]
+    tokens: int = 0
+
+
 class Traffic:
     """Lets requests in. total: seconds that a request may take, max_tokens: of a reply that names no limit."""
 
@@ -56,6 +65,22 @@ class Traffic:
         deadline = self._clock() + self._total
         return Permit(release, reservation, self._fleet.slot(release, turn.priority, deadline, tenant.name))
 
+    @asynccontextmanager
+    async def counted(self, key: Key, texts: Sequence[str], release: Release | None = None) -> AsyncIterator[Counted]:
+        """Counts a request that is no chat against the limits of its key; without a release only as a request.
+
+        What it may use at most is held meanwhile, what it has used is `tokens`, of a request that fails none. Raises
+        ApiError 429.
+        """
+        most = sum(_tokens(text) for text in texts) if release else 0
+        price = release.cost if release else _free
+        reservation = await self._limits.reserve(key, most, price(most, 0))
+        counted = Counted(reservation.headers)
+        try:
+            yield counted
+        finally:
+            self._limits.settle(reservation, counted.tokens, 0, price(counted.tokens, 0))
+
     def settle(self, permit: Permit, turns: Sequence[Turn]) -> None:
         """Counts what the request has used, in the place of what was reserved for it."""
         if permit.reservation is not NOTHING:
@@ -67,6 +92,15 @@ class Traffic:
         size = sum(len(one.content.encode("utf-8", "surrogatepass")) for one in asked.conversation())
         prompt = size // BYTES_A_TOKEN + TOKENS_A_MESSAGE * len(asked.messages)
         return prompt, asked.replies * (asked.limit or self._max_tokens)
+
+
+def _tokens(text: str) -> int:
+    """The most tokens that a text has."""
+    return len(text.encode("utf-8", "surrogatepass")) // BYTES_A_TOKEN + TOKENS_A_MESSAGE
+
+
+def _free(prompt: int, reply: int) -> float:
+    return 0.0
 
 
 def cap(key: Key, asked: ChatRequest) -> None:

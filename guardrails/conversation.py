@@ -22,7 +22,6 @@ from guardrails.types import (
     Finding,
     Hit,
     Message,
-    Role,
     Rule,
     ToolMessage,
     Verdict,
@@ -55,7 +54,7 @@ class Judging:
         self.context = context or Context(tuple(messages))
         self.settled = _refused_before(rules, messages)
         self.asked = _still_asked(messages)
-        self.seen = [Seen(message.content, self._plan.patterns) for message in messages]
+        self.seen = [Seen(message.content, self._plan) for message in messages]
         self._hits: dict[str, list[Hit]] = {}
         self._redactions: dict[int, list[Redaction]] = {}
         self._in_scope: dict[tuple[str, int, bool], list[int]] = {}
@@ -66,18 +65,21 @@ class Judging:
     async def begin(self) -> tuple[Verdict, tuple[Message, ...]]:
         """(the verdict of the rules that cost little, the conversation as the model may see it)."""
         for rule in self._plan.cheap:
+            if self._is_quiet(rule):
+                continue
             idle = self._long and self.strictest.stops and rule.action <= self.strictest
             if not idle or rule.action is Action.REDACT:  # what is refused is kept, too
                 await self._read(rule)
         if len(self.messages) > 1 and not self.strictest.stops:
             await self._read_joined(self._plan.cheap)
-        await self._ask(self._plan.asking)
+        if self._plan.asking:
+            await self._ask(self._plan.asking)
         return self.verdict()
 
     @property
     def waiting(self) -> list[Rule]:
         """The rules that ask a language model and could still change the verdict."""
-        return self._due(self._plan.asking_much)
+        return self._due(self._plan.asking_much) if self._plan.asking_much else []
 
     async def finish(self) -> tuple[Verdict, tuple[Message, ...]]:
         """(the verdict, the conversation as the model may see it)."""
@@ -87,7 +89,7 @@ class Judging:
     def verdict(self) -> tuple[Verdict, tuple[Message, ...]]:
         """(the verdict as it stands, the conversation as the model may see it)."""
         seen = tuple(self._shown())
-        hits = [hit for rule in self.rules for hit in self._hits.get(rule.name, ())] if self._hits else []
+        hits = [hit for rule in self.rules for hit in self._hits.get(rule.name, ())] if self._hits else ()
         return _verdict(self.rules, hits, seen), seen
 
     @property
@@ -114,6 +116,11 @@ class Judging:
         if self.context.vault is not None and self._redactions:
             self._sealed = tuple(self._redacted(i) for i in range(len(self.messages)))
         await asyncio.gather(*(self._read(rule) for rule in due if rule.action is not Action.REDACT))
+
+    def _is_quiet(self, rule: Rule) -> bool:
+        """True where a rule is known to find nothing before it is read."""
+        order = self._plan.places[id(rule)]
+        return all(self.seen[place].is_quiet(order) for place in self._places(rule))
 
     async def _read(self, rule: Rule) -> None:
         places = self._places(rule)
@@ -168,7 +175,7 @@ class Judging:
         read = _joining(rules, rows, self.messages, self.settled)
         for row, seam in [(row, seam) for row in read for seam in SEAMS]:
             joined, pieces = _pieces(self.messages, row, seam)
-            seen = Seen(joined, self._plan.patterns)
+            seen = Seen(joined, self._plan)
             for rule in read[row].values():
                 if seen.is_quiet(self._plan.places[id(rule)]):
                     continue
@@ -181,10 +188,9 @@ class Judging:
 
     def _shown(self) -> Iterable[Message]:
         """The conversation as the model may see it."""
-        for i in range(len(self.messages)):
-            if i in self.settled:
-                continue
-            yield self._redacted(i)
+        if not (self.settled or self._redactions):
+            return self.messages
+        return [self._redacted(i) for i in range(len(self.messages)) if i not in self.settled]
 
     def _redacted(self, place: int) -> Message:
         message, found = self.messages[place], self._redactions.get(place)
@@ -210,15 +216,9 @@ def in_scope(rule: Rule, messages: Sequence[Message], without: Collection[int] =
 
     without: the places of messages that the model does not see; they do not count.
     """
-    roles: dict[str, tuple[Role, ...]] = {
-        "user": ("user",),
-        "last_user": ("user",),
-        "assistant": ("assistant",),
-        "tool": ("tool",),
-    }
-    wanted = roles.get(rule.scope)
-    seen = ((i, message) for i, message in enumerate(messages) if i not in without)
-    places = [i for i, message in seen if wanted is None or message.role in wanted]
+    wanted = "user" if rule.scope == "last_user" else rule.scope
+    every = wanted == "all"
+    places = [i for i, message in enumerate(messages) if (every or message.role == wanted) and i not in without]
     last = 1 if rule.scope == "last_user" else rule.window
     return places[-last:] if last else places
 
@@ -341,11 +341,13 @@ def _still_asked(messages: Sequence[Message]) -> int:
 
 
 def _verdict(rules: Sequence[Rule], hits: Sequence[Hit], seen: Sequence[Message]) -> Verdict:
+    last = next((message.content for message in reversed(seen) if message.role == "user"), "")
+    if not hits:
+        return Verdict(Action.ALLOW, last)
     enforced = [hit for hit in hits if hit.mode == "enforce"]
     action = max((hit.action for hit in enforced), default=Action.ALLOW)
     strictest = [hit for hit in enforced if hit.action is action and action]
     decider = min(strictest, key=lambda hit: bool(hit.broken), default=None)  # a rule's own reply says more
-    last = next((message.content for message in reversed(seen) if message.role == "user"), "")
     if decider is None or not action.stops:
         return Verdict(action, last, rule=decider.rule if decider else "", hits=tuple(hits))
     rule = next(rule for rule in rules if rule.name == decider.rule)

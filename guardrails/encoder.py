@@ -16,13 +16,13 @@ from hashlib import blake2b
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-import numpy as np
 import regex
-from numpy.typing import NDArray
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what only classifiers need takes 30 MB: a gateway without them does not have it in memory
+    import numpy as np
+    from numpy.typing import NDArray
     from onnxruntime import InferenceSession
     from tokenizers import Tokenizer
 
@@ -43,7 +43,7 @@ PIECE = 1200
 KEPT = 1024
 """Texts whose windows are remembered: at most 12 KB each."""
 
-Vectors = NDArray[np.float32]
+Vectors: TypeAlias = "NDArray[np.float32]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +134,8 @@ class Encoder:
 
     def windows(self, text: str) -> Windows:
         """The windows of a text, computed by the calling thread and not remembered."""
+        import numpy as np
+
         with self._loading:
             tokenizer, session = self._model = self._model or _load(self._where or require())
         self.passes += 1
@@ -196,6 +198,8 @@ def _places(tokens: int) -> list[tuple[int, int]]:
 
 def _run(session: InferenceSession, tokens: list[int]) -> Vectors:
     """The vector of one window: (SIZE,)."""
+    import numpy as np
+
     ids = np.array([tokens], np.int64)
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
     mean = np.asarray(session.run(None, feed)[0], np.float32)[0].mean(axis=0)  # of (tokens, SIZE)

@@ -18,12 +18,14 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Se
 from dataclasses import dataclass, field, replace
 
 from guardrails.plan import plan_of
-from guardrails.reading import Reader, Together
+from guardrails.reading import Reader, Readers, Together
 from guardrails.types import BROKEN_REPLY, Action, Context, Finding, Hit, Placeholders, Rule, Verdict
 from guardrails.views import Views
 
 Write = Callable[[str, int, int], str]
 """How a placeholder is written in the place of `text[start:end]`."""
+NOTHING = Context()
+"""What is known beside a text that stands alone."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -98,20 +100,26 @@ class Guard:
     """One text on its way out: `feed` it pieces, release what comes back, `finish` for the verdict.
 
     Where `asking` is true after `feed`, a rule is to be asked about whole sentences: `await ask()` for what that
-    releases. write: how a placeholder is written in the place of `text[start:end]` (in JSON, say).
+    releases. write: how a placeholder is written in the place of `text[start:end]` (in JSON, say). growing: false for a
+    text of which nothing is to be released before its end: it is read there, in one go (or from `grow` on).
     """
 
-    def __init__(self, rules: Sequence[Rule], context: Context | None = None, write: Write | None = None):
-        plan = plan_of(rules)
-        self._context, self._write = context or Context(), write
-        self._all = readers = [Reader(order, rule) for order, rule in enumerate(plan.rules)]
+    def __init__(
+        self,
+        rules: Sequence[Rule],
+        context: Context | None = None,
+        write: Write | None = None,
+        growing: bool = True,
+    ):
+        self._plan = plan = plan_of(rules)
+        self._context, self._write = context or NOTHING, write
+        self._readers = readers = Readers(plan.rules)
         self._joint = [Together(joint, readers) for joint in plan.joints]
         self._single = [readers[place] for place in plan.single]
         self._sentences = [readers[place] for place in plan.sentences]
-        self._whole = [readers[place] for place in plan.whole]
         self._held = plan.held
-        self._views, self._viewed, self._moved = Views(), plan.viewed, True
-        self._others = plan.others
+        self._growing = growing or bool(plan.sentences)
+        self._views, self._moved = Views(), True
         self._text, self._half = "", ""
         self._cursor = 0
         self._kept: list[str] = []
@@ -144,14 +152,21 @@ class Guard:
     @property
     def asking(self) -> bool:
         """True where a rule waits to be asked about a sentence that is complete."""
-        return not self.stopped and any(reader.pieces(self._text, False) for reader in self._sentences)
+        if not self._sentences or self.stopped:
+            return False
+        return any(reader.pieces(self._text, False) for reader in self._sentences)
 
     def feed(self, delta: str) -> str:
         """What may be released now that `delta` has come; `stopped` is true when nothing more ever will be."""
         if self.stopped:
             return ""
         self._text += delta if delta.isascii() and not self._half else self._mended(delta)
-        return self._advance(final=False)
+        return self._advance(final=False) if self._growing else ""
+
+    def grow(self) -> str:
+        """What may be released of a text that was not to be read before its end, and is from now on."""
+        self._growing = True
+        return self._advance(final=False) if self._text else ""
 
     def _mended(self, delta: str) -> str:
         """The new text with both halves of a character that came apart (UTF-16) as one; a first half waits."""
@@ -170,24 +185,24 @@ class Guard:
 
     async def finish(self, rest: str = "") -> tuple[str, Verdict]:
         """(the last piece of the text itself, the verdict): the text ends here, with `rest`."""
-        self._text += self._mended(rest) + self._half
-        self._half = ""
+        if rest or self._half:
+            self._text += self._mended(rest) + self._half
+            self._half = ""
         piece = "" if self.stopped else self._advance(final=True)
         if self._sentences and not self.stopped:
             piece += await self.ask(final=True)
-        if self._whole and not self.stopped:
-            for reader, findings in zip(self._whole, await self._ask_whole(), strict=True):
+        if self._plan.whole and not self.stopped:
+            readers = [self._readers[place] for place in self._plan.whole]
+            asked = (reader.ask_whole(self._text, self._context) for reader in readers)
+            for reader, findings in zip(readers, await asyncio.gather(*asked), strict=True):
                 self._note(reader, findings)
             self._held = False
             piece += self._release(len(self._text), final=True)
         return piece, self.verdict()
 
-    async def _ask_whole(self) -> list[list[Finding]]:
-        return await asyncio.gather(*(reader.ask_whole(self._text, self._context) for reader in self._whole))
-
     def _advance(self, final: bool) -> str:
         self._look(final)
-        if not (self._moved or final or self._others):
+        if not (self._moved or final or self._plan.others):
             return ""
         for joint in self._joint:
             if self._moved or final or not joint.viewed:
@@ -202,7 +217,7 @@ class Guard:
 
     def _look(self, final: bool) -> None:
         """Makes the views; text that cannot be made out breaks the rules that want to read them."""
-        if not self._viewed:
+        if not self._plan.viewed:
             self._views.raw.grow(self._text)
             return
         try:
@@ -223,7 +238,7 @@ class Guard:
         """How much of the text every enforced rule has finished with, of those that read it while it grows."""
         settled = len(self._text)
         for joint in self._joint:
-            if joint.enforced and joint.settled < settled and not joint.broken:
+            if joint.settled < settled and joint.enforced and joint.left:
                 settled = joint.settled
         for reader in (*self._single, *self._sentences):
             if reader.settled < settled and reader.enforced and not reader.broken:
@@ -261,18 +276,21 @@ class Guard:
         if stop:
             route = stop.rule.route if stop.action is Action.ESCALATE else ""
             return Verdict(stop.action, stop.reply, kept, stop.rule.name, route, hits)
-        return _delivered(kept, hits, [reader.rule for reader in self._all])
+        return _delivered(kept, hits, self._plan.rules) if hits else Verdict(Action.ALLOW, kept, kept)
 
     def hits(self) -> tuple[Hit, ...]:
         """What the rules saw that counts by now, as in the verdict."""
         return self._hits(self._stops[0].start if self.stopped else len(self._text))
 
     def _hits(self, before: int) -> tuple[Hit, ...]:
-        return tuple(hit for reader in self._all if (hit := _hit(reader, before)))
+        readers = [self._readers[place] for place in sorted(self._readers)]
+        return tuple([hit for reader in readers if (hit := _hit(reader, before))])
 
 
 def redact(text: str, redactions: Sequence[Redaction], index: int, cursor: int, upto: int) -> tuple[str, int, int]:
     """(`text[cursor:upto]` with its redactions, new cursor, index of the next redaction to look at)."""
+    if index == len(redactions):
+        return text[cursor:upto], max(cursor, upto), index
     out: list[str] = []
     while index < len(redactions) and redactions[index].start < upto:
         redaction = redactions[index]

@@ -6,7 +6,7 @@ All that is told of a text by one pass is told for all rules whose validators ar
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeGuard
 
 from guardrails.spans import Spans
@@ -40,6 +40,12 @@ def looks_at(rule: Rule, view: View) -> bool:
     return rule.views and (only is None or view.name in only)
 
 
+def clearing(rule: Rule) -> Callable[[str], bool] | None:
+    """What tells, before a text is read, that a rule would find nothing in it; for a rule that reads the text alone."""
+    clears: Callable[[str], bool] | None = getattr(rule.validator, "clears", None)
+    return clears if not rule.views or getattr(rule.validator, "views", None) == () else None
+
+
 EVERYWHERE = ("content", "reasoning", "arguments")
 
 
@@ -60,9 +66,10 @@ def is_joined(rule: Rule) -> bool:
 
 class Joint:
     """The patterns of several rules as one validator. rules: by place; owners: the place of the rule of each span;
-    budget: the shortest of the rules, in seconds."""
+    budget: the shortest of the rules, in seconds. enforced, viewed: whether the first of them decides, and reads views:
+    those that are read together in a growing text are alike in both."""
 
-    __slots__ = ("_within", "budget", "owners", "rules", "spans")
+    __slots__ = ("_within", "budget", "enforced", "owners", "rules", "spans", "viewed")
 
     def __init__(self, rules: Iterable[tuple[int, Rule]]):
         self.rules = dict(rules)
@@ -72,6 +79,8 @@ class Joint:
             each[0][1] if len(each) == 1 else Spans([span for _, validator in each for span in validator.spans])
         )
         self.budget = min(rule.budget for rule in self.rules.values())
+        first = next(iter(self.rules.values()))
+        self.enforced, self.viewed = first.mode == "enforce", first.views
         self._within: dict[str, Joint | None] = {}
 
     def within(self, view: View) -> Joint | None:
@@ -93,8 +102,8 @@ class Plan:
     """Some rules, sorted by how they read. joints: those whose patterns are read together in a growing text; single:
     the others that read it; sentences, whole: those that are asked about sentences, about all of it (all by place).
     patterns: all rules that read by patterns alone, or None. by_cost: the rules, the cheap ones first, then those that
-    ask a model of their own, then those that ask a language model. places: by the id of a rule. others: whether some
-    rule reads what the views do not show yet."""
+    ask a model of their own, then those that ask a language model. places: by the id of a rule. clears: by place, what
+    `clearing` returns. others: whether some rule reads what the views do not show yet."""
 
     __slots__ = (
         "_channels",
@@ -102,6 +111,7 @@ class Plan:
         "asking_much",
         "by_cost",
         "cheap",
+        "clears",
         "held",
         "joints",
         "others",
@@ -117,6 +127,7 @@ class Plan:
     def __init__(self, rules: Sequence[Rule]):
         self.rules = tuple(rules)
         self.places = {id(rule): place for place, rule in enumerate(rules)}
+        self.clears = {place: told for place, rule in enumerate(rules) if (told := clearing(rule))}
         self.by_cost = sorted(rules, key=tier)
         self.cheap = [rule for rule in self.by_cost if tier(rule) <= 0]
         self.asking = [rule for rule in self.by_cost if tier(rule) == 1]

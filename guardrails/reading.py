@@ -10,7 +10,7 @@ from time import perf_counter
 
 import regex
 
-from guardrails.plan import Joint, looks_at, streams, whole
+from guardrails.plan import Joint, Plan, looks_at, streams, whole
 from guardrails.spans import Spans, SpansReading
 from guardrails.types import Context, Finding, Reading, Rule, Validator
 from guardrails.views import View, Views, findings_home, unusual
@@ -32,20 +32,25 @@ _END = regex.compile(r"[.!?…。！？]+[\"'”’)\]]*\s+|\n+\s*|[。！？]")
 class Seen:
     """A whole text that several rules read: its views are made once, and what was found before is remembered.
 
-    joint: the patterns of those rules, told in one pass.
+    plan: of those rules, whose patterns are told in one pass.
     """
 
-    __slots__ = ("_digest", "_joint", "_likely", "_views", "text")
+    __slots__ = ("_digest", "_likely", "_plan", "_views", "text")
 
-    def __init__(self, text: str, joint: Joint | None = None):
-        self.text, self._joint = text, joint
+    def __init__(self, text: str, plan: Plan | None = None):
+        self.text, self._plan = text, plan
         self._views: Views | None = None
         self._likely: Collection[int] | None = None
         self._digest = b""
 
     def is_quiet(self, place: int) -> bool:
-        """True where the rule at this place reads by patterns of which none can match in the text or in its views."""
-        joint = self._joint
+        """True where the rule at this place is known to find nothing: it reads by patterns of which none can match in
+        the text or in its views, or tells so itself."""
+        if self._plan is None:
+            return False
+        if clears := self._plan.clears.get(place):
+            return clears(self.text)
+        joint = self._plan.patterns
         if joint is None or place not in joint.rules:
             return False
         if self._likely is None:
@@ -323,26 +328,35 @@ class Reader:
         return self.findings
 
 
+class Readers(dict[int, Reader]):
+    """The readers of one text, by the place of their rule; each is made when it is first asked for."""
+
+    __slots__ = ("_rules",)
+
+    def __init__(self, rules: Sequence[Rule]):
+        super().__init__()
+        self._rules = rules
+
+    def __missing__(self, place: int) -> Reader:
+        reader = self[place] = Reader(place, self._rules[place])
+        return reader
+
+
 class Together:
-    """Rules whose patterns are read together, and one growing text. readers: of all rules, by place.
+    """Rules whose patterns are read together, and one growing text. readers: of all rules; left: how many of these are
+    not broken.
 
     The time of a pass is shared among the rules; that of an exact search is its own rule's.
     """
 
-    __slots__ = ("_joint", "_least", "_readers", "_readings", "_searched", "_shared", "enforced", "settled", "viewed")
+    __slots__ = ("_joint", "_readers", "_readings", "_searched", "_shared", "enforced", "left", "settled", "viewed")
 
-    def __init__(self, joint: Joint, readers: Sequence[Reader]):
+    def __init__(self, joint: Joint, readers: Readers):
         self._joint, self._readers = joint, readers
         self._readings: dict[str, SpansReading] = {}
         self._searched = self._shared = 0.0
-        self._least, one = joint.budget, next(iter(joint.rules.values()))
-        self.enforced, self.viewed = one.mode == "enforce", one.views
-        self.settled = 0
-
-    @property
-    def broken(self) -> bool:
-        """True where none of the rules is left to read."""
-        return all(self._readers[place].broken for place in self._joint.rules)
+        self.enforced, self.viewed = joint.enforced, joint.viewed
+        self.settled, self.left = 0, len(joint.rules)
 
     def read(self, views: Views, final: bool) -> list[tuple[Reader, list[Finding]]]:
         """(reader, its new findings) for each rule that found something, or broke now."""
@@ -357,11 +371,13 @@ class Together:
             self._break_all(type(error).__name__, told)
             settled = self.settled
         self._shared += (perf_counter() - began - self._searched + searched) / len(self._joint.rules)
-        if self._shared + self._searched > self._least:
+        if self._shared + self._searched > self._joint.budget:
             for place, rule in self._joint.rules.items():
                 if self._shared + self._readers[place].spent > rule.budget:
                     self._break(place, "TimeoutError", told)
         self.settled = settled
+        if not told:
+            return []
         return [(self._readers[place], self._readers[place].noted(found)) for place, found in told.items()]
 
     def give_up(self, kind: str) -> list[Reader]:
@@ -417,6 +433,7 @@ class Together:
         reader = self._readers[place]
         if not reader.broken:
             reader.broken, reader.settled = kind, self.settled
+            self.left -= 1
             told[place] = []
 
 

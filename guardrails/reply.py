@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from bisect import insort
 from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -45,6 +46,7 @@ class Reply:
     A channel is `content`, `reasoning`, or `arguments:N` for the tool call of that number. offered: the tools that may
     be called. structured: what is said is JSON, as arguments are; nothing is appended to it. restored: the arguments
     as the tool gets them, for the rules that read whole calls; where there are such rules, calls wait for the end.
+    streamed: false where nothing is given out before the end: what is said, and nothing else, is then read in one go.
     """
 
     def __init__(
@@ -55,12 +57,15 @@ class Reply:
         offered: Collection[str] = (),
         structured: bool = False,
         restored: Callable[[str], str] = str,
+        streamed: bool = True,
     ):
         self._plan, self._context = plan_of(rules), context
         self._offered, self._structured, self._restored = offered, structured, restored
         self._call_rules = self._plan.of_channel(CALL)
         self._held = any(rule.mode == "enforce" for rule in self._call_rules)
         self._parts: dict[str, _Part] = {}
+        self._calls: list[str] = []
+        self._streamed, self._unread = streamed, False
         self._stopped = ""
         self._unknown = False
 
@@ -72,12 +77,14 @@ class Reply:
     @property
     def asking(self) -> str:
         """The channel in which a rule waits to be asked about a sentence that is complete, or empty."""
-        return next((name for name, part in self._parts.items() if not self.stopped and part.guard.asking), "")
+        if self._stopped or not self._plan.sentences:
+            return ""
+        return next((name for name, part in self._parts.items() if part.guard.asking), "")
 
     @property
     def calls(self) -> list[str]:
         """The channels of the tool calls, in the order of their numbers."""
-        return sorted((name for name in self._parts if _is_call(name)), key=_order)
+        return self._calls
 
     @property
     def called(self) -> list[str]:
@@ -123,9 +130,11 @@ class Reply:
 
         A name ends where its arguments begin.
         """
-        if self.stopped:
+        if self._unread and channel != CONTENT:
+            return [*self._read(), *self.feed(channel, delta, name)]
+        if self._stopped:
             return []
-        part = self._part(channel)
+        part = self._parts.get(channel) or self._part(channel)
         if not part.begun:
             part.name += name
         if delta and _is_call(channel) and not self._begin(channel, part):
@@ -139,13 +148,15 @@ class Reply:
 
     async def finish(self) -> tuple[list[Piece], Verdict]:
         """(the last piece of each channel, the verdict on the reply): everything ends here."""
-        calls = self.calls
+        if not (self._stopped or self._parts.keys() - {CONTENT}):
+            return await self._end_of_said()
+        calls = self._calls
         for name in calls:
             if not self.stopped:
                 self._begin(name, self._parts[name])
-        if not calls:
+        if not (calls or CONTENT in self._parts):
             self._part(CONTENT)
-        if self.stopped:
+        if self._stopped:
             return await self._end_of_stopped(), self._stop_verdict()
         names = sorted((name for name in self._parts if not self._silent(name)), key=_order)
         lasts = await _each([self._parts[name].finish() for name in names])
@@ -161,16 +172,34 @@ class Reply:
         pieces = [piece for name, last in zip(names, lasts, strict=True) for piece in self._give(name, last, True)]
         return pieces, self._verdict()
 
+    async def _end_of_said(self) -> tuple[list[Piece], Verdict]:
+        """What `finish` returns for a reply that has no channel but what is said."""
+        part = self._parts.get(CONTENT) or self._part(CONTENT)
+        last = await part.finish()
+        if part.verdict.action.stops:
+            self._stopped = CONTENT
+            return self._give(CONTENT, last), self._stop_verdict()
+        return self._give(CONTENT, last, True), self._verdict()
+
     def _part(self, channel: str) -> _Part:
-        if channel not in self._parts:
-            kind = ARGUMENTS if _is_call(channel) else channel
-            in_json = kind == ARGUMENTS or (self._structured and kind == CONTENT)
-            self._parts[channel] = _Part(self._plan.of_channel(kind), self._context, in_json)
-        return self._parts[channel]
+        """A new channel."""
+        kind = ARGUMENTS if _is_call(channel) else channel
+        in_json = kind == ARGUMENTS or (self._structured and kind == CONTENT)
+        self._unread = channel == CONTENT and not (self._streamed or self._parts)
+        if kind == ARGUMENTS:
+            insort(self._calls, channel, key=_order)
+        part = _Part(self._plan.of_channel(kind), self._context, in_json, not self._unread)
+        self._parts[channel] = part
+        return part
+
+    def _read(self) -> list[Piece]:
+        """What may be released of what is said, which is not all any more: it is read as if it were streamed."""
+        self._unread = False
+        return self._release(CONTENT, self._parts[CONTENT].guard.grow())
 
     def _silent(self, channel: str) -> bool:
         """True for the white space that a model may write beside its tool calls: nothing is said there."""
-        return channel == CONTENT and bool(self.calls) and not self.draft().strip()
+        return channel == CONTENT and bool(self._calls) and not self.draft().strip()
 
     def _begin(self, channel: str, part: _Part) -> bool:
         """True when the tool of this call, whose name is complete now, may be called."""
@@ -253,9 +282,9 @@ class _Part:
 
     __slots__ = ("_json", "begun", "call", "given", "guard", "name", "opened", "verdict", "waiting")
 
-    def __init__(self, rules: Sequence[Rule], context: Context | None, in_json: bool):
+    def __init__(self, rules: Sequence[Rule], context: Context | None, in_json: bool, growing: bool):
         self._json = Arguments() if in_json else None
-        self.guard = Guard(rules, context, self._json.placeholder if self._json else None)
+        self.guard = Guard(rules, context, self._json.placeholder if self._json else None, growing)
         self.verdict = self.call = UNDECIDED
         self.given = list[str]()
         self.waiting = self.name = ""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import cached_property, lru_cache
+from weakref import WeakValueDictionary
 
 import regex
 
@@ -81,6 +82,20 @@ def open_ended(pattern: str) -> str:
     return "".join(out)
 
 
+_COMPILED: WeakValueDictionary[str, regex.Pattern[str]] = WeakValueDictionary()
+
+
+def _compiled(pattern: str) -> regex.Pattern[str]:
+    """One object for all rules of all policies that have this pattern, as long as one of them lives.
+
+    It may take 0.3 MB and 0.1 s; the cache of `regex` is too small for the patterns of one policy.
+    """
+    made = _COMPILED.get(pattern)
+    if made is None:
+        made = _COMPILED[pattern] = regex.compile(pattern, regex.MULTILINE, cache_pattern=False)
+    return made
+
+
 def allowed(characters: int) -> float:
     """Seconds of CPU that one search through so many characters may take."""
     return min(MOST, TIMEOUT * max(1.0, characters / SHORT))
@@ -98,8 +113,8 @@ class Span:
 
     def __init__(self, label: str, pattern: str, accept: Accept | None = None, score: float = 1.0, group: str = ""):
         try:
-            self._pattern = regex.compile(pattern, regex.MULTILINE)
-            self.unfinished = regex.compile(f"(?:{open_ended(pattern)})(?s:.)(?!)", regex.MULTILINE)
+            self._pattern = _compiled(pattern)
+            self.unfinished = _compiled(f"(?:{open_ended(pattern)})(?s:.)(?!)")
         except regex.error as error:
             raise PatternError(f"not a valid regular expression: {error}") from None
         if any(not match.group() for match in self._pattern.finditer("a b\n1")):

@@ -78,6 +78,11 @@ class Length:
         by_chars: list[Reading] = [] if chars is None else [CharsReading(chars)]
         return by_chars if words is None else [*by_chars, WordsReading(words)]
 
+    def clears(self, text: str) -> bool:
+        """True for a text so short that nothing can be found in it (see `guardrails.plan`)."""
+        chars, words = self._options.max_chars, self._options.max_words
+        return (chars is None or len(text) <= chars) and (words is None or len(text) < 2 * words)
+
     async def find(self, text: str, context: Context) -> Sequence[Finding]:
         """An empty finding at each limit that the text goes beyond, in the order of their places."""
         found = [finding for reading in self.readings() for finding in reading.read(text, True)[0]]

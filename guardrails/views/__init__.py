@@ -16,15 +16,15 @@ the rule finds there is mapped back to the original.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from guardrails.types import Finding
 from guardrails.views.codes import decoded
 from guardrails.views.folding import folded
-from guardrails.views.ordinary import ALL, DECODED, FOLDED, LOOSE, SPREAD, TURNED, certain, unusual
+from guardrails.views.ordinary import ALL, DECODED, FOLDED, GAPPED, LOOSE, SPREAD, TURNED, certain, unusual
 from guardrails.views.turning import turned
 from guardrails.views.view import View
-from guardrails.views.words import loosened, spread
+from guardrails.views.words import gapped, loosened, spread
 
 __all__ = ["View", "Views", "findings_home", "unusual"]
 
@@ -35,16 +35,36 @@ Stage = Callable[[View, bool], None]
 
 
 class Views:
-    """All views of one growing text; `raw` is the text itself."""
+    """All views of one growing text; `raw` is the text itself.
 
-    __slots__ = ("_made", "_measured", "_stages", "raw")
+    As long as the text is ordinary, no other view is made, but for the one in which gaps read differently: what is
+    certain of the text, up to `_at`, is what each of them would show.
+    """
+
+    __slots__ = ("_at", "_full", "_made", "_measured", "_stages", "raw")
 
     def __init__(self) -> None:
-        self.raw = View("raw")
+        self.raw, self._at, self._full = View("raw"), 0, False
+        self._made: tuple[View, ...] = ()
+
+    def _wide(self) -> View:
+        """The view in which gaps read differently."""
+        if not self._made:
+            wide = View("spread", self.raw)
+            wide.at, wide.shown = self._at, False
+            self._made = (wide,)
+        return self._made[0]
+
+    def _make(self) -> None:
+        """Makes all views of a text that was ordinary so far."""
+        wide = self._wide()
+        self.raw.parts.clear()
         plain = View("folded", self.raw)
         read = View("decoded", plain)
-        loose, wide, back = View("loose", read), View("spread", read), View("turned", read)
-        loose.twin, wide.shown = wide, False
+        loose, back = View("loose", read), View("turned", read)
+        loose.twin, wide.source = wide, read
+        read.parts.append(wide)
+        self._full = True
         self._made = (plain, read, loose, wide, back)
         self._measured = (back, wide, loose, read, plain, self.raw)
         self._stages: tuple[tuple[int, View, Stage], ...] = (
@@ -54,6 +74,8 @@ class Views:
             (SPREAD, wide, spread),
             (TURNED, back, turned),
         )
+        for view in self._made:
+            view.at = self._at
 
     def grow(self, text: str, final: bool) -> bool:
         """Makes the views of `text`, which starts with what it was before; `final` says that it ends here.
@@ -70,6 +92,11 @@ class Views:
         stages = self._kept(text, final)
         if stages < 0:
             return False
+        if not self._full:
+            self.raw.cap = self._at
+            for view in self._made:
+                view.measure()
+            return True
         if stages:
             for bit, view, stage in self._stages:
                 if stages & bit:
@@ -83,27 +110,37 @@ class Views:
         more is certain."""
         if not self._plain:
             return ALL
-        start = min([view.at for view in self._made])
+        start = min([view.at for view in self._made], default=self._at)
         end, upto = (len(text), len(text)) if final else certain(text, start)
-        if end < 0:
-            return ALL
-        stages = unusual(text[start:upto]) if upto > start else 0
-        if end <= start and not stages:
+        stages = ALL if end < 0 else unusual(text[start:upto]) if upto > start else 0
+        odd = stages & ~GAPPED
+        if end <= start and not odd:
             return -1
-        for bit, view, _ in self._stages:
-            if not stages & bit:
+        if odd and not self._full:
+            self._make()
+        if not self._full:
+            if stages:
+                gapped(self._wide(), end)
+            for view in self._made:
                 view.keep(end)
-        return stages
+            self._at = end
+            return 0
+        for bit, view, _ in self._stages:
+            if bit == SPREAD and stages & GAPPED and not odd & bit:
+                gapped(view, end)
+            elif not odd & bit:
+                view.keep(end)
+        return odd
 
     @property
     def _plain(self) -> bool:
         """True where what the last three are made of is the text itself so far."""
-        return self._made[0].same and self._made[1].same
+        return not self._full or (self._made[0].same and self._made[1].same)
 
     @property
-    def different(self) -> Iterator[View]:
+    def different(self) -> Collection[View]:
         """The views that are not the same as what they are made of."""
-        return (view for view in self._made if view.shown and not view.same)
+        return [view for view in self._made if view.shown and not view.same] if self._made else ()
 
 
 def findings_home(view: View, findings: Sequence[Finding]) -> list[Finding]:

@@ -20,10 +20,15 @@ from guardrails.views.words import LEET, SPACED, bare
 FOLDED, DECODED, LOOSE, SPREAD, TURNED = (1 << n for n in range(5))
 """The stages as bits, in the order in which they are made."""
 WORDS, ALL = LOOSE | SPREAD, 31
+GAPPED = 32
+"""In place of SPREAD where no more than white space can be written otherwise."""
 RUN = 64
 """Characters of a word from which on it is not waited for here."""
 TOKENS, LONGEST_TOKEN = 50_000, 40
 """How many words are remembered that are not turned, and the longest of them."""
+
+SHORT, REMEMBERED = 24, 16_384
+"""Characters of a part of a text, a word or two, that is remembered with what is told of it; how many of them are."""
 
 _RUNS = {
     code.name: code.pattern for code in CODES if code.name in ("markup", "joined", "hyphen", "points", "morse")
@@ -90,7 +95,7 @@ def _patterns(letter: str, digit: str) -> list[tuple[int, str]]:
         (WORDS, SPACED),
         (WORDS, rf"[0-9@$+!|]_*{one}|{one}_*[@$]|{one}_+[0-9]|{one}[0-9]+[_@$]|[+!|][0-9@$_]"),
         (WORDS, rf"[*_~`]{one}|{one}[*_~`]|{one}[^{letter}{digit}\s'’]{{1,4}}{one}"),
-        (SPREAD, "[\t-\r]|  "),
+        (GAPPED, "[\t-\r]|  "),
     ]
 
 
@@ -111,10 +116,24 @@ def certain(text: str, start: int) -> tuple[int, int]:
     end: int = tail.start()
     word = tail[1]
     upto = len(text) if word and not word.isalnum() else end  # signs in the last word may say something by now
-    if end <= start or (first := _BEGUN.first(text, start, tail.start(1))) >= end:
+    if end <= start or (first := _first(text, start, tail.start(1))) >= end:
         return end, upto
     before = _BEFORE.match(text, endpos=first + 1)  # a unit is told by all of its word, or of its white space
     return (-1, -1) if before is None or first - before.start() >= RUN else (before.start(), upto)
+
+
+def _first(text: str, start: int, end: int) -> int:
+    """The first place from `start` on at which something with white space in it may begin that is under way at `end`;
+    `end` if there is none."""
+    if not start or end - start > SHORT:
+        return _BEGUN.first(text, start, end)
+    return end - _under_way(text[start - 1 : end])
+
+
+@lru_cache(REMEMBERED)
+def _under_way(part: str) -> int:
+    """How many characters at the end of a part of a text, which has one more before it, may belong to such a thing."""
+    return len(part) - _BEGUN.first(part, 1, len(part))
 
 
 def _is_far(tail: regex.Match[str]) -> bool:
@@ -123,6 +142,11 @@ def _is_far(tail: regex.Match[str]) -> bool:
 
 
 def unusual(part: str) -> int:
+    """The stages that may write something else for this part of a text; what they are made of is the text itself."""
+    return _of_short(part) if len(part) <= SHORT else _stages(part)
+
+
+def _stages(part: str) -> int:
     """The stages that may write something else for this part of a text; what they are made of is the text itself."""
     stages = 0
     if part.isascii():
@@ -138,6 +162,9 @@ def unusual(part: str) -> int:
     if stages & (FOLDED | DECODED):  # all others are made of these
         return ALL
     return stages if _is_straight(part) else stages | TURNED
+
+
+_of_short = lru_cache(REMEMBERED)(_stages)
 
 
 @lru_cache(8192)

@@ -24,6 +24,7 @@ SPACED = rf"(?<![\p{{L}}\p{{N}}])[\p{{L}}\p{{N}}@$](?:{BETWEEN}[\p{{L}}\p{{N}}@$
 ODD = r"(?<![A-Za-z])(?=[A-Za-z]{0,40}[^A-Za-z\s])\S{1,200}"
 """A word that is not made of plain letters alone."""
 GAP = r"\s{2,100}|[^\S ]"
+_GAP = regex.compile(GAP)
 _LEETED = regex.compile(rf"[{SIGNS}\w]+")
 _INNER = regex.compile(r"(?<=\p{L})[^\p{L}\p{N}\s'’]{1,4}(?=\p{L})")
 _MARKS = regex.compile(
@@ -104,6 +105,15 @@ def spread(view: View, final: bool) -> None:
         out = plain(unit, spaced, SPREADING)
         _put(view, unit, out)
         view.shown = view.shown or out != (unit if unit.isspace() else plain(unit, spaced, JOINING))
+
+
+def gapped(view: View, end: int) -> None:
+    """As `spread`, up to `end`, where no word reads differently; a gap must not go on there."""
+    for gap in _GAP.finditer(view.made_of, view.at, end):
+        view.keep(gap.start())
+        _put(view, gap.group(), " ")
+        view.shown = True
+    view.keep(end)
 
 
 def _units(view: View, final: bool, way: Way) -> Iterator[tuple[str, bool]]:

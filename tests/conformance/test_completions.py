@@ -8,6 +8,7 @@ import openai
 import orjson
 import pytest
 
+from app.records import KeyLimits
 from tests.fakes import FakeUpstream, Script
 from tests.gateway import BOMB, SALARY, Gateway
 
@@ -111,3 +112,24 @@ async def test_an_engine_without_embeddings_is_a_404(gateway: Gateway) -> None:
 async def test_without_a_key_nothing_is_served(gateway: Gateway, path: str) -> None:
     status, told = await gateway.json("POST", path, key="", json={"model": "fake", "input": "Hello"})
     assert (status, told["error"]["code"]) == (401, "missing_api_key")
+
+
+async def test_moderations_and_embeddings_count_against_the_limits_of_their_key(
+    gateway: Gateway, upstream: FakeUpstream
+) -> None:
+    upstream.vectors = VECTORS
+    store = gateway.service.store
+    _, rate = await store.add_key("default", limits=KeyLimits(requests_per_minute=2))
+    for left in ("1", "0"):
+        status, headers, _ = await gateway.raw("POST", "/v1/moderations", key=rate, json={"input": "Hello"})
+        assert (status, headers["x-ratelimit-remaining-requests"]) == (200, left)
+    status, told = await gateway.json("POST", "/v1/moderations", key=rate, json={"input": "Hello"})
+    assert (status, told["error"]["code"]) == (429, "rate_limit_exceeded")
+    _, budget = await store.add_key("default", limits=KeyLimits(tokens_per_day=40))
+    asked = {"model": "fake", "input": "Hello"}
+    used = orjson.loads(VECTORS)["usage"]["prompt_tokens"]
+    for i in range(3):
+        status, headers, _ = await gateway.raw("POST", "/v1/embeddings", key=budget, json=asked)
+        assert (status, headers["x-ratelimit-remaining-tokens"]) == (200, str(40 - i * used - 9))  # 9 at most is held
+    status, told = await gateway.json("POST", "/v1/embeddings", key=budget, json=asked | {"input": "word " * 50})
+    assert (status, told["error"]["code"]) == (429, "insufficient_quota") and len(upstream.seen) == 3

@@ -131,6 +131,40 @@ async def test_only_what_is_said_gets_lines() -> None:
     assert (verdict.action, verdict.text, verdict.closing) == (Action.APPEND, '{"a": "overtime"}', "")
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [],
+        [(CONTENT, "Write to ann@example.com.\nOvertime is paid.")],
+        [(CONTENT, '{"to": "ann@example.com", "n": [1]}')],
+        [(CONTENT, "You may hurt. About project falcon.")],
+        [(CONTENT, "About project "), (CONTENT, "falcon.")],
+        [(CONTENT, "About project falcon."), (FIRST, '{"q": 1}')],
+        [(CONTENT, "One moment, ann@example.com"), (FIRST, '{"q": "hurt"}'), (CONTENT, "!")],
+        [(REASONING, "They ask about project falcon"), (CONTENT, "You may hurt.")],
+        [(CONTENT, "It is \ud83d"), (CONTENT, "\udd25 hot."), (REASONING, "Done.")],
+    ],
+)
+@pytest.mark.parametrize("structured", [False, True])
+async def test_a_reply_that_is_not_streamed_comes_to_the_same(parts: list[Part], structured: bool) -> None:
+    ends = []
+    for streamed in (True, False):
+        reply = Reply(RULES, offered=["send"], structured=structured, streamed=streamed)
+        for channel, text in parts:
+            reply.feed(channel, text, "" if reply.draft(channel) or channel != FIRST else "send")
+        _, verdict = await reply.finish()
+        ends.append((verdict, reply.whole, reply.withheld, reply.stopped, reply.redacted()))
+    assert ends[0] == ends[1]
+
+
+async def test_what_is_said_is_given_out_at_the_end_where_nothing_is_streamed() -> None:
+    reply = Reply(RULES, streamed=False)
+    assert reply.feed(CONTENT, "About project falcon.") == [] and not reply.stopped
+    assert reply.withheld == "About project falcon."
+    pieces, verdict = await reply.finish()
+    assert (pieces, verdict.rule, reply.stopped) == ([Piece(CONTENT, "About ")], "falcon", True)
+
+
 async def test_what_is_said_in_json_stays_json() -> None:
     quoted = replace(EMAIL, placeholder='"mail"')
     _, verdict = await whole([quoted], (CONTENT, '{"to": "ann@example.com", "n": [1]}'), structured=True)

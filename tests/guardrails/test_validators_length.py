@@ -28,6 +28,20 @@ async def test_a_text_beyond_a_limit_has_an_empty_finding_where_it_goes_on(optio
     assert await length.build(length.Options(**options)).find(text, Context()) == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "text", "clear"),
+    [
+        ({"max_chars": 5}, "12345", True),
+        ({"max_chars": 5}, "123456", False),
+        ({"max_words": 2}, "a b", True),
+        ({"max_words": 2}, "a b c", False),
+        ({"max_words": 2, "max_chars": 2}, "a b", False),
+    ],
+)
+def test_a_text_that_is_short_enough_is_told_without_being_read(options, text, clear):
+    assert length.build(length.Options(**options)).clears(text) is clear
+
+
 def test_a_stream_may_show_the_text_up_to_the_limit():
     (reading,) = length.build(length.Options(max_chars=5)).readings()
     assert reading.read("12345", False) == ([], 5)

@@ -43,8 +43,12 @@ def every_view(views: Views) -> tuple[View, ...]:
 
 def shown(views: Views) -> list[tuple[object, ...]]:
     """Everything that a reader can be told of views."""
-    every = [views.raw, *every_view(views)]
-    return [(one.name, one.same, one.shown, one.text, [one.origin(i, i + 1) for i in range(len(one.text))]) for one in every]
+
+    def places(view: View) -> list[tuple[int, int]]:
+        return [view.origin(i, i + 1) for i in range(len(view.text))]
+
+    every = (views.raw, *every_view(views))
+    return [(one.name, one.same, one.shown, one.text, places(one)) for one in every]
 
 
 @pytest.mark.parametrize("name", ALL)

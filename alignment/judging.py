@@ -20,7 +20,8 @@ from alignment.rollout import Engine, Reply
 from guardrails.types import Message
 
 Ids = tuple[int, ...]
-GREEDY = 0.0
+SEED = 0
+"""Of the draws that are measured: before and after a run the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,17 +116,21 @@ class Judge:
         self.monitor.look(signs)
         return told | {f"signs/{name}": value for name, value in signs.items() if name not in ("kl", "spread")}
 
-    def replied(self, engine: Engine, prompts: Sequence[Ids], limit: int) -> list[tuple[Said, float]]:
-        """The most likely reply to each prompt, and its score."""
-        said = self.said(engine.draw(prompts, 1, limit, GREEDY, 0))
+    def replied(
+        self, engine: Engine, prompts: Sequence[Ids], limit: int, temperature: float
+    ) -> list[tuple[Said, float]]:
+        """A reply to each prompt, drawn as in training, and its score."""
+        said = self.said(engine.draw(prompts, 1, limit, temperature, SEED))
         return list(zip(said, self.mixed(said)[0], strict=True))
 
-    def compared(self, after: Engine, before: Engine, prompts: Sequence[Ids], limit: int) -> dict[str, Any]:
+    def compared(
+        self, after: Engine, before: Engine, prompts: Sequence[Ids], limit: int, temperature: float
+    ) -> dict[str, Any]:
         """Measures on held-out prompts, with intervals: the score before and after, how often the new reply is better
         by each reward, by the held-out one too, and the rewards' means."""
         if not prompts:
             return {}
-        old, new = ([one for one, _ in self.replied(engine, prompts, limit)] for engine in (before, after))
+        old, new = ([one for one, _ in self.replied(engine, prompts, limit, temperature)] for engine in (before, after))
         (old_scores, old_found), (new_scores, new_found) = self.mixed(old), self.mixed(new)
         judges = {name: (old_found[name], new_found[name]) for name in new_found} | {"score": (old_scores, new_scores)}
         if self._held_out:

@@ -276,10 +276,10 @@ class Run:
             self.save(kept())
 
     def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """Adds rows to the samples of the report; each gets the step."""
+        """Adds rows to the samples of the report; each gets the step of the update that is under way."""
         if self.parallel.leads:
             with (self.folder / SAMPLES).open("a") as file:
-                file.writelines(json.dumps({"step": self.step, **row}) + "\n" for row in rows)
+                file.writelines(json.dumps({"step": self.step + 1, **row}) + "\n" for row in rows)
 
     def _line(self, metrics: Mapping[str, float]) -> str:
         done = self.step - self._first

@@ -424,18 +424,19 @@ def train(how: Recipe, tell: Tell = print) -> Path:
         made.restore(state["ppo"])
         judge.restore(state["judge"])
     order, shown = _order(list(train), how), list(test)[: how.shown]
-    before = judge.replied(first, shown, how.ppo.limit)
+    drawn = how.ppo.limit, how.ppo.temperature
+    before = judge.replied(first, shown, *drawn)
     while run.step < how.updates:
         seed = how.seed * 1_000_003 + run.step
         again = random.Random(f"{seed}:replay").sample(replayed, min(len(replayed), how.ppo.prompts))
         found = made.update(parallel.share(order[run.step]), seed, parallel.share(again))
         found |= judge.settled(found, parallel)
         if shown and ((run.step + 1) % how.often == 0 or run.step + 1 == how.updates):
-            after = judge.replied(engine, shown, how.ppo.limit)
+            after = judge.replied(engine, shown, *drawn)
             found["test/score"] = sum(score for _, score in after) / len(after)
             run.samples(samples(before, after))
         run.record(found, lambda: {"ppo": made.state(), "judge": judge.state()})
-    results = judge.compared(engine, first, list(test), how.ppo.limit)
+    results = judge.compared(engine, first, list(test), *drawn)
     if parallel.leads:
         (how.output / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
         data = {str(one.path): one.fingerprint for one in (*files, *demonstrations)}

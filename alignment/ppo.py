@@ -32,6 +32,7 @@ from alignment.records import Demonstration
 from alignment.reward import RewardModel
 from alignment.rewards import Lagrange, Source
 from alignment.rollout import Engine, Local, Reply
+from alignment.server import Server
 from alignment.tokens import Batch, Row, batch, plan
 from guardrails.types import Message
 
@@ -368,8 +369,10 @@ class Recipe:
     model: that model's folder, also the reference. prompts: files of any records; those of the split `test` measure.
     rewards: at least one; those with a limit are constraints. critic: a reward model's folder, whose first member the
     critic begins as. held_out: a reward model that is not trained on, whose score tells of reward hacking.
-    demonstrations: rows to replay with the weight `ppo.replay`. max_prompt: tokens; longer ones are left out. batch:
-    replies drawn at once. often: updates between two measurements and samples, for which `shown` prompts are asked.
+    demonstrations: rows to replay with the weight `ppo.replay`. max_prompt: tokens; longer ones are left out. engine:
+    `local`, or the address, with `/v1`, of a vLLM server that takes adapters (`alignment.server`); set `ppo.cap` then.
+    batch: replies that the local one draws at once. often: updates between two measurements and samples, for which
+    `shown` prompts are asked.
     """
 
     model: Path
@@ -387,6 +390,7 @@ class Recipe:
     critic_lr: float | None = 1e-4
     lagrange: Lagrange = field(default_factory=Lagrange)
     bounds: Bounds = field(default_factory=Bounds)
+    engine: str = "local"
     batch: int = 64
     seed: int = 0
     device: str = ""
@@ -415,7 +419,9 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     judge = Judge(model, how.rewards, train | test, how.lagrange, how.bounds, how.held_out)
     demonstrations = [dataset.read(path, Demonstration) for path in how.demonstrations]
     replayed = [model.template.conversation(one.messages) for some in demonstrations for one in some.records]
-    engine, first = Local(model, POLICY, how.batch), Local(model, None, how.batch)
+    local, first = Local(model, POLICY, how.batch), Local(model, None, how.batch)
+    far = how.engine != "local"
+    engine: Engine = Server(how.engine, model, POLICY, how.output / "adapters") if far else local
     made = Ppo(
         model, how.ppo, engine, judge.score, how.optimiser, how.updates, parallel, how.lora, how.critic_lr, how.critic
     )  # fmt: skip
@@ -432,11 +438,11 @@ def train(how: Recipe, tell: Tell = print) -> Path:
         found = made.update(parallel.share(order[run.step]), seed, parallel.share(again))
         found |= judge.settled(found, parallel)
         if shown and ((run.step + 1) % how.often == 0 or run.step + 1 == how.updates):
-            after = judge.replied(engine, shown, *drawn)
+            after = judge.replied(local, shown, *drawn)
             found["test/score"] = sum(score for _, score in after) / len(after)
             run.samples(samples(before, after))
         run.record(found, lambda: {"ppo": made.state(), "judge": judge.state()})
-    results = judge.compared(engine, first, list(test), *drawn)
+    results = judge.compared(local, first, list(test), *drawn)
     if parallel.leads:
         (how.output / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
         data = {str(one.path): one.fingerprint for one in (*files, *demonstrations)}

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 
 from alignment import pretrained
-from app import guard_cli, train_cli
+from app import guard_cli, heap, train_cli
 from app.audit_cli import audit_app
 from app.keys_cli import keys_app
 from app.policies import library
@@ -188,6 +188,7 @@ def _announcing(server: uvicorn.Server, listener: socket.socket) -> uvicorn.Serv
         await begin(sockets)
         gc.collect()
         gc.freeze()  # what lives as long as the process: to look through it again and again is a quarter of the CPU
+        heap.give_back()
         host, port = listener.getsockname()[:2]
         print(f"newel listens on http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl-C stops it)", flush=True)
 

@@ -307,6 +307,19 @@ async def test_requests_with_the_same_beginning_go_to_the_same_engine_at_every_g
     assert min(Counter(host for (host,) in seen.values()).values()) > 8
 
 
+@pytest.mark.parametrize(
+    ("own", "behind", "spreads"),
+    [(("a",), (), False), (("a", "b"), (), True), (("a",), ("b",), False), (("a",), ("b", "c"), True)],
+)
+async def test_which_engine_is_asked_matters_where_a_pool_on_the_way_has_several(
+    own: tuple[str, ...], behind: tuple[str, ...], spreads: bool
+) -> None:
+    pools = {"p": pool(*own)} | ({"q": pool(*behind)} if behind else {})
+    models = {"m": {"pool": "p", "model": "up", "fallback": ["q"] if behind else []}}
+    async with started(pools=pools, models=models) as given:
+        assert given.fleet.spreads(given.release()) is spreads
+
+
 async def test_an_engine_has_conversations_by_its_weight() -> None:
     engines = {name: {"url": f"http://{name}/v1", "weight": weight} for name, weight in (("a", 1.0), ("b", 3.0))}
     async with fleet_of(engines=engines) as given:
@@ -824,8 +837,10 @@ async def test_a_shadow_gets_its_share_of_conversations_and_none_without_one() -
         begun = [given.fleet.shadow(PROMPT, given.release(), f"c{i}") for i in range(60)]
         assert 5 < sum(begun) < 28
         assert begun == [given.fleet.shadow(PROMPT, given.release(), f"c{i}") for i in range(60)]
+        assert given.fleet.has_shadow(given.release())
         await settle()
     async with fleet_of("a") as given:
+        assert not given.fleet.has_shadow(given.release())
         assert not given.fleet.shadow(PROMPT, given.release(), "someone")
 
 

@@ -76,6 +76,21 @@ async def test_a_request_is_counted_and_logged_without_its_path(caplog: pytest.L
     assert "secret" not in str(fields)
 
 
+async def test_requests_that_are_being_answered_are_counted_until_they_end() -> None:
+    metrics, seen = Metrics(), list[float | None]()
+
+    async def looking(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(metrics.registry.get_sample_value("newel_requests_in_flight"))
+        raise RuntimeError
+
+    async def send(message: Message) -> None: ...
+
+    context = RequestContext(looking, metrics, {})
+    for _ in range(2):
+        await context(scope(), receiving(), send)
+    assert seen == [1, 1] and metrics.registry.get_sample_value("newel_requests_in_flight") == 0
+
+
 async def test_an_error_before_the_answer_is_a_500_with_the_request_id() -> None:
     async def broken(scope: Scope, receive: Receive, send: Send) -> None:
         raise RuntimeError("Geheimnis")

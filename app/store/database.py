@@ -6,13 +6,14 @@ import asyncio
 import fcntl
 import logging
 import os
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar, cast
 
 import orjson
 from sqlalchemy import JSON, Boolean, Connection, Float, Insert, Integer, Table, event, inspect, text
@@ -22,10 +23,11 @@ from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.exc import DataError, DBAPIError, IntegrityError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.util import greenlet_spawn
 
 from app.sealing import Seals
 from app.store.errors import Conflict, StoreDown, StoreError
-from app.store.lite import lite
+from app.store.lite import LiteConnection, in_transaction, lite
 from app.store.tables import Moment
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,8 @@ def connect(url: URL, busy: float = BUSY_SECONDS) -> AsyncEngine:
         )
     logging.getLogger("aiosqlite").setLevel(logging.INFO)  # its debug lines hold what people wrote
     how = {"timeout": busy, "async_creator_fn": lite}
-    engine = create_async_engine(url, hide_parameters=True, pool_timeout=PATIENCE, connect_args=how)
+    # the connection that wrote last writes next: it has the pages in its cache, and another one would read them again
+    engine = create_async_engine(url, hide_parameters=True, pool_timeout=PATIENCE, pool_use_lifo=True, connect_args=how)
     event.listen(engine.sync_engine, "connect", _prepare_sqlite)
     event.listen(engine.sync_engine, "begin", _begin_sqlite)
     return engine
@@ -127,6 +130,22 @@ def _name(error: DBAPIError) -> str:
     return constraint or type(error.orig).__name__
 
 
+@dataclass(frozen=True, slots=True)
+class Quick(Generic[T]):
+    """Work for `Database.write` that SQLite can do in one trip to its thread, past SQLAlchemy.
+
+    lite: does what `work` does, with the sqlite3 connection in a transaction; or it returns None and has written
+    nothing, and then `work` is called.
+    """
+
+    work: Work[T]
+    lite: Callable[[sqlite3.Connection], T | None]
+
+    def __call__(self, connection: AsyncConnection) -> Awaitable[T]:
+        """Does it with SQLAlchemy."""
+        return self.work(connection)
+
+
 class Database:
     """A pool of connections to one database; every call is one transaction, whole or not at all.
 
@@ -134,10 +153,10 @@ class Database:
     was cut off in its thread keeps its connection open until the garbage collector finds it.
     """
 
-    __slots__ = ("_engine", "_line", "_running", "_writer")
+    __slots__ = ("_engine", "_line", "_running", "_writer", "seals")
 
     def __init__(self, url: URL, seals: Seals):
-        self._engine = connect(url)
+        self._engine, self.seals = connect(url), seals
         self._engine.sync_engine.update_execution_options(newel_seals=seals)
         self._writer = self._engine.execution_options(newel_begin="IMMEDIATE")
         # SQLite has one writer: to wait in line here is fair and costs no thread, its own busy loop is neither
@@ -150,10 +169,12 @@ class Database:
 
     async def write(self, work: Work[T]) -> T:
         """What `work` returns, when all that it wrote is committed; raises StoreDown, Conflict, StoreError."""
+        lite = work.lite if isinstance(work, Quick) and self._line is not None else None
 
         async def transaction() -> T:
             async with self._place_in_line():
-                return await self._transact(self._writer, work)
+                found: T | None = None if lite is None else await self._trip(lite)
+                return await self._transact(self._writer, work) if found is None else found
 
         return await self._whole(transaction())
 
@@ -204,6 +225,18 @@ class Database:
         # PostgreSQL can be told to stop; SQLite stops by itself, when it has waited for a lock long enough
         async with asyncio.timeout(PATIENCE if self._line is None else None), engine.begin() as connection:
             return await work(connection)
+
+    async def _trip(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """What `work` returns, in a transaction of SQLite; errors are SQLAlchemy's."""
+        try:
+            pooled = await self._engine.raw_connection()
+            try:
+                found: T = await cast(LiteConnection, pooled.driver_connection).run(in_transaction, work)
+            finally:
+                await greenlet_spawn(pooled.close)
+        except sqlite3.Error as error:
+            raise DBAPIError.instance(None, None, error, sqlite3.Error, hide_parameters=True) from error
+        return found
 
     async def _whole(self, transaction: Coroutine[Any, Any, T]) -> T:
         task = asyncio.create_task(transaction)
@@ -300,6 +333,11 @@ async def insert_many(connection: AsyncConnection, bulk: Bulk, rows: Sequence[tu
         some = [dict(zip(bulk.columns, row, strict=True)) for row in rows[at : at + PORTION]]
         count += (await connection.exec_driver_sql(sql, (orjson.dumps(some).decode(),))).rowcount
     return count
+
+
+def insert_lite(connection: sqlite3.Connection, bulk: Bulk, rows: Sequence[tuple[Any, ...]]) -> int:
+    """What `insert_many` does on SQLite, for `Quick`."""
+    return connection.executemany(_bulk("sqlite", bulk), rows).rowcount if rows else 0
 
 
 async def migrate(url: str, seals: Seals | None = None) -> None:

@@ -7,6 +7,7 @@ afterwards. Rows go in small batches, each its own transaction. What was left op
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -133,6 +134,11 @@ async def kept(connection: AsyncConnection, drafts: Sequence[Drafted]) -> list[D
     first = min(one.conversation[3] for one in drafts)
     after = await marks(connection, datetime.fromisoformat(first).replace(tzinfo=UTC))
     return [one for one in drafts if not any(mark.takes(*one.conversation[:4]) for mark in after)]
+
+
+def none_since(connection: sqlite3.Connection, began: str) -> bool:
+    """True when no erasure covers what began at `began` (`database.moment`) or later; for `database.Quick`."""
+    return connection.execute("SELECT 1 FROM erasures WHERE at >= ? LIMIT 1", (began,)).fetchone() is None
 
 
 # --- rows

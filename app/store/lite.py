@@ -8,11 +8,13 @@ and the begin of a transaction travels with its first statement.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import aiosqlite
+
+T = TypeVar("T")
 
 
 class LiteConnection(aiosqlite.Connection):
@@ -52,6 +54,13 @@ def _begun(connection: sqlite3.Connection, begun: str, statement: Any, given: Se
     if begun:
         connection.execute(begun)
     return statement(connection, *given)
+
+
+def in_transaction(connection: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
+    """What `work` returns, when all that it wrote is committed; for `LiteConnection.run`."""
+    connection.execute("BEGIN IMMEDIATE")
+    with connection:
+        return work(connection)
 
 
 class LiteCursor:

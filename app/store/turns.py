@@ -6,9 +6,11 @@ write a single one.
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from typing import Any, Literal
 
 import orjson
@@ -16,9 +18,9 @@ from sqlalchemy import ColumnElement, RowMapping, literal, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from app.records import Ticket, Turn, now
-from app.sealing import Unreadable
+from app.sealing import Seals, Unreadable
 from app.store import audit, erasure, outbox, tables, tickets
-from app.store.database import Bulk, insert_many, insert_new, moment, seals_of
+from app.store.database import Bulk, Quick, insert_lite, insert_many, moment, seals_of
 from app.store.errors import NotFound, StoreError
 from app.store.history import Kept, Missing, Record, Records, encoded, kept, marks, said_in
 from app.store.tables import storable
@@ -53,6 +55,10 @@ _CONVERSATIONS = Bulk(
     ("last_at = CASE WHEN new.last_at > old.last_at THEN new.last_at ELSE old.last_at END",),
 )
 _VERDICTS = Bulk(tables.verdicts, ("turn", "stage", "place", "rule", "action", "mode", "broken", "message", "findings"))
+_WITHHELD = Bulk(tables.withheld, ("turn", "kind", "text"))
+_LINKS = "SELECT count(*) FROM turns WHERE linked IS NOT 0 AND id IN (SELECT value FROM json_each(?))"
+Rows = tuple[Bulk, list[tuple[Any, ...]]]
+"""What one statement inserts."""
 _LATER = ("reasoning", "parent", "release", "surface", "priority", "trace", "choice", "cached_tokens")
 """Columns that rows of earlier versions leave empty: they read as the field's default."""
 _ELSEWHERE = ("history", "calls", "ticket", "finished_at", "linked")
@@ -182,37 +188,77 @@ async def write(connection: AsyncConnection, drafts: Sequence[Draft]) -> int:
     """
     drafts = await erasure.kept(connection, drafts)
     await _require_links(connection, drafts)
-    met = {one.conversation[:2]: one.conversation for one in drafts}
-    await insert_many(connection, _CONVERSATIONS, [met[key] for key in sorted(met)])  # in one order: no deadlock
-    wrote = await insert_many(connection, _ENDED, [one.row for one in drafts if one.ended])
-    wrote += await insert_many(connection, _OPEN, [one.row for one in drafts if not one.ended])
-    if wrote == len(drafts):
-        await _put_evidence(connection, drafts)
-    elif len(drafts) > 1:
+    _, ended, begun = [await insert_many(connection, *rows) for rows in _turns(drafts)]
+    if _all(drafts, ended + begun):
+        for rows in _evidence(drafts, seals_of(connection)):
+            await insert_many(connection, *rows)
+        await _put_tickets(connection, drafts)
+    return ended + begun
+
+
+def batch(drafts: Sequence[Draft], seals: Seals) -> Quick[int]:
+    """`write` for `Database.write`, which SQLite does in one trip unless there is a ticket, or something against it."""
+    return Quick(partial(write, drafts=drafts), partial(_write_lite, drafts=drafts, seals=seals))
+
+
+def _write_lite(connection: sqlite3.Connection, drafts: Sequence[Draft], seals: Seals) -> int | None:
+    """What `write` returns; None, and nothing is written, when it has to be asked."""
+    if not drafts or any(one.ticket is not None for one in drafts):
+        return None
+    if not erasure.none_since(connection, min(one.conversation[3] for one in drafts)):
+        return None
+    links = _links(drafts)
+    if links and connection.execute(_LINKS, (orjson.dumps(links).decode(),)).fetchone()[0] < len(links):
+        return None
+    _, ended, begun = [insert_lite(connection, *rows) for rows in _turns(drafts)]
+    for rows in _evidence(drafts, seals) if _all(drafts, ended + begun) else ():
+        insert_lite(connection, *rows)
+    return ended + begun
+
+
+def _all(drafts: Sequence[Draft], wrote: int) -> bool:
+    """Whether all were written; raises Mixed when one of several was not."""
+    if wrote < len(drafts) and len(drafts) > 1:
         raise Mixed
-    return wrote
+    return wrote == len(drafts)
+
+
+def _turns(drafts: Sequence[Draft]) -> tuple[Rows, Rows, Rows]:
+    """The conversations, the turns that have ended, and those that run."""
+    met = {one.conversation[:2]: one.conversation for one in drafts}
+    talks = [met[key] for key in sorted(met)]  # in one order: no deadlock
+    ended, begun = [one.row for one in drafts if one.ended], [one.row for one in drafts if not one.ended]
+    return (_CONVERSATIONS, talks), (_ENDED, ended), (_OPEN, begun)
+
+
+def _evidence(drafts: Sequence[Draft], seals: Seals) -> tuple[Rows, Rows]:
+    """The verdicts, and what was withheld."""
+    verdicts = [row for one in drafts for row in one.verdicts]
+    raw = [
+        (one.id, kind, storable(text if one.sealed else seals.seal(one.tenant, one.id, kind, text)))
+        for one in drafts
+        for kind, text in one.withheld
+    ]
+    return (_VERDICTS, verdicts), (_WITHHELD, raw)
+
+
+def _links(drafts: Sequence[Draft]) -> list[str]:
+    """The turns that these continue, but for those that are among them."""
+    return sorted({one.link for one in drafts if one.link} - {one.id for one in drafts})
 
 
 async def _require_links(connection: AsyncConnection, drafts: Sequence[Draft]) -> None:
     """Holds the turns that are continued, lest somebody delete or cut them before this is written."""
-    links = {one.link for one in drafts if one.link} - {one.id for one in drafts}
+    links = _links(drafts)
     if links:
         table = tables.turns
-        query = select(table.c.id).where(table.c.id.in_(sorted(links)), table.c.linked.is_not(False))
+        query = select(table.c.id).where(table.c.id.in_(links), table.c.linked.is_not(False))
         found = set((await connection.execute(query.order_by(table.c.id).with_for_update(read=True))).scalars())
-        if links - found:
-            raise Unlinked(frozenset(links - found))
+        if gone := frozenset(links) - found:
+            raise Unlinked(gone)
 
 
-async def _put_evidence(connection: AsyncConnection, drafts: Sequence[Draft]) -> None:
-    await insert_many(connection, _VERDICTS, [row for one in drafts for row in one.verdicts])
-    seals = seals_of(connection)
-    raw = [
-        {"turn": one.id, "kind": kind, "text": text if one.sealed else seals.seal(one.tenant, one.id, kind, text)}
-        for one in drafts
-        for kind, text in one.withheld
-    ]
-    await insert_new(connection, tables.withheld, raw)
+async def _put_tickets(connection: AsyncConnection, drafts: Sequence[Draft]) -> None:
     for one in drafts:
         if one.ticket is not None:
             await tickets.insert(connection, one.ticket)

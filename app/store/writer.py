@@ -12,7 +12,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import partial
 from itertools import chain
 from typing import Literal
 
@@ -316,7 +315,7 @@ class TurnWriter:
         while True:
             drafts = await self._drafts(some, linked)
             try:
-                wrote = await self._db.write(partial(turns.write, drafts=drafts))
+                wrote = await self._db.write(turns.batch(drafts, self._db.seals))
             except Unlinked as error:
                 linked = any(id in self._records for id in error.ids)  # else they went just now: keep all whole
                 self._records.drop(error.ids)

@@ -9,7 +9,9 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import aiosqlite
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -33,9 +35,11 @@ from app.records import Tenant, Turn, new_id, now
 from app.store import Conflict, NotFound, Replayed, SpillFull, Store, StoreDown, tables
 from app.store import store as stores
 from app.store import writer as writers
-from app.store.database import Database, connect, database_url
+from app.store.database import Database, Quick, connect, database_url
 from app.store.history import Kept, Records, encoded, kept, marks, said_in
+from app.store.lite import LiteConnection
 from app.store.spill import Spill, decode
+from app.store.turns import Draft
 from guardrails.types import Action, Message, ToolMessage, Verdict
 from tests.app.earlier import as_it_was
 from tests.app.turns import RAW, as_read, begun, escalated, finished, opinion
@@ -58,7 +62,7 @@ def transactions(store: Store, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     write = Database.write
 
     async def counted(self: Database, work: object) -> object:
-        seen.append(getattr(getattr(work, "func", work), "__qualname__", "?"))
+        seen.append("write" if isinstance(work, Quick) else getattr(work, "__qualname__", "?"))
         return await write(self, work)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Database, "write", counted)
@@ -135,6 +139,45 @@ async def test_a_turn_that_runs_is_on_record_as_open_and_completed_at_its_end(st
     assert await store.turn(turn.id, tenant) == as_read(done)
 
 
+async def test_a_turn_that_ends_between_the_take_and_the_draft_of_its_batch_is_written_once(
+    store: Store, tenant: str, transactions: list[str], monkeypatch
+) -> None:
+    turn, beside = begun(tenant), finished(begun(tenant))
+    drafts = writers.TurnWriter._drafts
+
+    async def ended_meanwhile(self: writers.TurnWriter, some: Sequence[Turn], linked: bool) -> list[Draft]:
+        if not turn.ended:
+            done = finished(turn)
+            for name in turn.__slots__:
+                setattr(turn, name, getattr(done, name))
+            store.log(turn)
+        return await drafts(self, some, linked)
+
+    monkeypatch.setattr(writers.TurnWriter, "_drafts", ended_meanwhile)
+    for one in (turn, beside):
+        store.log(one)
+    await store.flush()
+    assert store.writer.waiting == 0
+    await store.flush()
+    assert transactions == ["write"], "one transaction for both, and no second one for the turn that was logged twice"
+    assert await store.turn(turn.id, tenant) == as_read(turn)
+
+
+async def test_a_batch_with_a_turn_that_was_written_before_is_halved_until_that_one_is_alone(
+    store: Store, tenant: str, transactions: list[str]
+) -> None:
+    known, fresh = finished(begun(tenant)), [finished(begun(tenant)) for _ in range(63)]
+    await store.keep(known)
+    del transactions[:]
+    for one in (*fresh[:20], known, *fresh[20:]):
+        store.log(one)
+    await store.flush()
+    assert len(transactions) == 13, "64, and two halves of each of 64, 32, 16, 8, 4 and 2: one by one it would be 65"
+    assert (store.writer.written, store.writer.waiting) == (64, 0)
+    for turn in (known, *fresh[::9]):
+        assert await store.turn(turn.id, tenant) == as_read(turn)
+
+
 async def test_what_is_logged_is_written_by_itself_after_the_delay(store: Store, tenant: str, other: Store) -> None:
     turn = finished(begun(tenant))
     store.log(turn)
@@ -157,6 +200,31 @@ async def test_turns_at_once_share_transactions(store: Store, tenant: str, trans
     assert (store.writer.written, store.writer.waiting) == (200, 0)
     for turn in turns[::50]:
         assert await store.turn(turn.id, tenant) == as_read(turn)
+
+
+async def test_a_batch_is_one_trip_to_the_thread_of_sqlite(store: Store, url: str, tenant: str, monkeypatch) -> None:
+    if not url.startswith("sqlite"):
+        pytest.skip("PostgreSQL has no such thread")
+    trips: list[str] = []
+    execute = aiosqlite.Connection._execute
+
+    async def counted(self: LiteConnection, function: Any, *given: Any) -> Any:
+        trips.append(getattr(function, "__name__", "?"))
+        return await execute(self, function, *given)
+
+    (first,) = await talk(store, tenant, [()])
+    monkeypatch.setattr(LiteConnection, "_execute", counted)
+    more = {"conversation": first.conversation, "parent": first.id, "history": exchanges(0, 1)}
+    turns = [finished(begun(tenant)), begun(tenant), finished(begun(tenant, **more))]
+    for turn in turns:
+        store.log(turn)
+    await store.flush()
+    assert len(trips) == 1, "also with hits, texts that were withheld, and a turn that another one continues"
+    monkeypatch.undo()
+    assert await linked(store, turns) == [None, None, True]
+    for turn in turns:
+        assert await store.turn(turn.id, tenant) == as_read(turn)
+        assert (await store.withheld(turn.id, tenant, "ana", "test"))["asked"] == RAW
 
 
 async def test_more_than_a_batch_is_written_in_several(store: Store, tenant: str, monkeypatch) -> None:

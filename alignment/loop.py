@@ -150,7 +150,8 @@ class Optimiser:
         count: the schedule goes on; PPO's does once for all steps on the same rollouts.
         """
         self._parallel.add_gradients(self.parameters)
-        norm = float(torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None]))
+        grads = [one.grad for one in self.parameters if one.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
         if not math.isfinite(norm):
             raise Diverged(
                 f"update {self.done}: the gradient is not a number. Lower optimiser.lr, or look at the rows of this "
@@ -159,7 +160,7 @@ class Optimiser:
         for group in self._adam.param_groups:
             group["lr"] = self.lr
         if self._how.clip and norm > self._how.clip:
-            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], self._how.clip / norm)
+            torch._foreach_mul_(grads, self._how.clip / norm)
         self._adam.step()
         self.forget()
         self.done += count
@@ -184,7 +185,8 @@ class Optimiser:
 
 def scaled(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Multiplies the gradients: sums of losses become means once it is known of how many."""
-    torch._foreach_mul_([one.grad for one in parameters if one.grad is not None], factor)
+    if grads := [one.grad for one in parameters if one.grad is not None]:  # none where a process had no part to do
+        torch._foreach_mul_(grads, factor)
 
 
 # --- the folder

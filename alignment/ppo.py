@@ -414,10 +414,10 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     parallel = Parallel(how.device)
     torch.manual_seed(how.seed)
     model = Model.load(how.model, str(parallel.device))
-    files = [dataset.read(path) for path in how.prompts]
+    files = [dataset.read(path, tell=tell) for path in how.prompts]
     train, test = (_prompts(model, files, split, how.max_prompt, tell) for split in ("train", "test"))
     judge = Judge(model, how.rewards, train | test, how.lagrange, how.bounds, how.held_out)
-    demonstrations = [dataset.read(path, Demonstration) for path in how.demonstrations]
+    demonstrations = [dataset.read(path, Demonstration, tell) for path in how.demonstrations]
     replayed = [model.template.conversation(one.messages) for some in demonstrations for one in some.records]
     local, first = Local(model, POLICY, how.batch), Local(model, None, how.batch)
     far = how.engine != "local"

@@ -90,7 +90,7 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     """The folder of the reward model that the recipe makes; its run's folder has metrics, calibration and a report."""
     parallel = Parallel(how.device)
     model = Model.load(how.model, str(parallel.device))
-    sets = [dataset.read(path, PreferencePair) for path in how.data]
+    sets = [dataset.read(path, PreferencePair, tell) for path in how.data]
     pairs, held_out = (_pairs(model, sets, split, how, tell) for split in ("train", "test"))
     _check_objectives(pairs, how.objectives)
     reward = RewardModel.new(model, how.members, how.objectives, how.lora, how.seed, tokens=how.tokens)
@@ -146,7 +146,7 @@ def paired(model: Model, record: PreferencePair, objectives: Sequence[str]) -> P
         model.template.reply(record.prompt, record.chosen),
         model.template.reply(record.prompt, record.rejected),
         objective_of(record.slice, objectives),
-        record.margin or 0.0,
+        record.margin,
         record.tie,
         record.weight,
         record.slice,

@@ -16,7 +16,7 @@ File = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A TOML fi
 Changes = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="What the recipe says otherwise: optimiser.lr=1e-5")
 ]
-Dry = Annotated[bool, typer.Option("--dry-run", help="Checks recipe and data, shows the resolved recipe, and ends.")]
+Dry = Annotated[bool, typer.Option("--dry-run", help="Checks recipe and data, tells memory and time, and ends.")]
 
 
 @app.command()
@@ -51,7 +51,7 @@ def kto(recipe: File = None, changes: Changes = None, dry_run: Dry = False) -> N
 
 def _train(method: str, path: Path | None, changes: list[str] | None, dry_run: bool) -> None:
     overrides = list(changes or [])
-    if path and "=" in path.name and not path.exists():  # no recipe, only changes
+    if path and "=" in str(path) and not path.is_file():  # no recipe, only changes
         path, overrides = None, [str(path), *overrides]
     try:
         module = importlib.import_module(f"alignment.{method}")
@@ -62,12 +62,20 @@ def _train(method: str, path: Path | None, changes: list[str] | None, dry_run: b
     try:
         how = recipes.load(module.Recipe, path, overrides)
         if dry_run:
-            print(recipes.dump(how), end="")
+            _estimated(method, how)
             return
         folder = module.train(how, told)
     except (ValueError, OSError, RuntimeError) as error:
         raise Refusal(_said(error)) from None
     print(folder)
+
+
+def _estimated(method: str, how: Any) -> None:
+    """Prints the whole recipe, and what it will take."""
+    from alignment import estimate, recipe
+
+    print(recipe.dump(how))
+    print(estimate.told(estimate.of(method, how, estimate.lengths(method, how, told))))
 
 
 def _said(error: Any) -> str:

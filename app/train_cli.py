@@ -72,8 +72,9 @@ def _train(method: str, path: Path | None, changes: list[str] | None, dry_run: b
 
 def _estimated(method: str, how: Any) -> None:
     """Prints the whole recipe, and what it will take."""
-    from alignment import estimate, recipe
+    from alignment import recipe
 
+    estimate = importlib.import_module("alignment.estimate")  # torch comes with it, which the gateway never loads
     print(recipe.dump(how))
     print(estimate.told(estimate.of(method, how, estimate.lengths(method, how, told))))
 

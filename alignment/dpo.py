@@ -19,7 +19,7 @@ from alignment import dataset, losses, release, report
 from alignment import recipe as recipes
 from alignment.loop import Adam, Optimiser, Parallel, Part, Run, Tell, fit
 from alignment.lora import LoraShape
-from alignment.model import Model
+from alignment.model import Model, Precision
 from alignment.records import PreferencePair
 from alignment.tokens import Batch, Row, batch, fitting, plan, schedule, shared
 
@@ -51,6 +51,7 @@ class Recipe:
     optimiser: Adam = field(default_factory=lambda: Adam(lr=5e-5))
     seed: int = 0
     device: str = ""
+    precision: Precision = "float32"
     often: int = 50
     checkpoint: int = 50
 
@@ -63,7 +64,7 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     """The release that the recipe makes; its run's folder has metrics, checkpoints and a report."""
     parallel = Parallel(how.device)
     torch.manual_seed(how.seed)
-    model = Model.load(how.model, str(parallel.device))
+    model = Model.load(how.model, str(parallel.device), how.precision)
     sets = [dataset.read(path, PreferencePair, tell) for path in how.data]
     rows, held_out = (_rows(model, sets, split, how, tell) for split in ("train", "test"))
     if not rows:

@@ -22,7 +22,11 @@ from alignment.records import Demonstration, PreferencePair, Rating
 from alignment.tokens import Row, Template, schedule, shared
 
 BYTES = 4
-"""Of a number: the trainers compute in float32."""
+"""Of a number that is trained, and of all of them where nothing else is said: float32."""
+HALF = 2
+"""Of a number in bfloat16."""
+NF4 = 0.516
+"""Of a weight in nf4: half, and for each 64 of them a scale of 8 bits, which have scales of their own."""
 RUNTIME = 300e6
 """Of the interpreter with torch and transformers."""
 SLACK = 1.6
@@ -31,7 +35,7 @@ glibc, measured). With all weights the gradients come into the room that activat
 SHARE = 0.5
 """How much of the speed of one matrix product a training reaches; the rest is norms, attention and memory."""
 Speed = Callable[[int, int, int], float]
-"""FLOP/s of [rows, width] @ [width, columns]."""
+"""FLOP/s of [rows, width] @ [width, columns], in the recipe's precision."""
 
 
 class EstimateError(ValueError):
@@ -140,24 +144,35 @@ def of(method: str, how: Any, rows: Sequence[int], speed: Speed | None = None) -
         raise EstimateError("there are no rows to train on, so there is nothing to estimate")
     shape = Shape.of(how.model)
     found = _ppo(shape, how, rows) if method == "ppo" else _rows(method, shape, how, rows)
-    speed = speed or measured(how.device)
+    speed = speed or measured(how.device, how.precision)
+    number = BYTES if how.precision == "float32" else HALF
     seconds = found.learnt / (SHARE * speed(found.widest, shape.width, shape.inner))
     if found.drawn:
         seconds += found.drawn / (SHARE * speed(found.replies, shape.width, shape.inner))
     trained = found.adapters or shape.parameters
-    weights = (shape.parameters + found.adapters) * BYTES
-    linear = shape.layers * sum(a * b for a, b in shape.linear.values()) * BYTES
-    kept = shape.kept * shape.layers * found.widest * found.trunks * BYTES * (SLACK if found.adapters else 1)
+    linear = shape.layers * sum(a * b for a, b in shape.linear.values())
+    weights = _weights(shape, how.precision, linear, frozen=bool(found.adapters)) + found.adapters * BYTES
+    kept = shape.kept * shape.layers * found.widest * found.trunks * number * (SLACK if found.adapters else 1)
+    copied = found.replies > 0 and how.precision != "nf4"  # the weights without the adapter that is merged meanwhile
     return Estimate(
         shape.parameters, trained, found.updates, found.tokens, found.learnt + found.drawn,
-        weights=weights + (linear if found.replies else 0),  # the weights without the adapter that is merged meanwhile
+        weights=weights + (linear * number if copied else 0),
         gradients=trained * BYTES,
         optimiser=2 * trained * BYTES,
-        activations=kept + found.widest * found.longest * (BYTES + 1),  # the mask of rows beside each other
+        activations=kept + found.widest * found.longest * (number + 1),  # the mask of rows beside each other
         logits=_logits(shape, min(found.widest, CHUNK), not found.adapters),
-        cache=found.replies * found.longest * shape.layers * 2 * shape.key_heads * shape.head * BYTES,
+        cache=found.replies * found.longest * shape.layers * 2 * shape.key_heads * shape.head * number,
         seconds=seconds,
     )  # fmt: skip
+
+
+def _weights(shape: Shape, precision: str, linear: int, frozen: bool) -> float:
+    """Bytes of the base, `linear` of whose parameters are in linear maps of layers."""
+    if precision == "float32":
+        return float(shape.parameters * BYTES)
+    if not frozen:
+        return float(shape.parameters * (BYTES + HALF))  # what is trained, and a copy to compute with
+    return shape.parameters * HALF if precision == "bfloat16" else linear * NF4 + (shape.parameters - linear) * HALF
 
 
 def lengths(method: str, how: Any, tell: Callable[[str], object]) -> list[int]:
@@ -248,12 +263,13 @@ def _logits(shape: Shape, tokens: int, full: bool) -> float:
     return 3 * tokens * shape.vocabulary * BYTES + (2 * head if full else 0)
 
 
-def measured(device: str = "", seconds: float = 0.3) -> Speed:
+def measured(device: str = "", precision: str = "float32", seconds: float = 0.3) -> Speed:
     """How fast this machine multiplies matrices: the best of some products in so many seconds, for each shape."""
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = torch.float32 if precision == "float32" else torch.bfloat16
 
     def speed(rows: int, width: int, columns: int) -> float:
-        a, b = torch.randn(rows, width, device=where), torch.randn(width, columns, device=where)
+        a, b = (torch.randn(x, y, device=where, dtype=dtype) for x, y in ((rows, width), (width, columns)))
         best, began = float("inf"), time.perf_counter()
         while time.perf_counter() - began < seconds:
             start = time.perf_counter()
@@ -281,7 +297,7 @@ def told(one: Estimate, free: float | None = None) -> str:
     if one.memory > free:
         lines.append(
             f"             this machine has {_gigabytes(free)} GB free: lower `tokens`, then `max_length`, or train "
-            "with `lora`"
+            "with `lora`, or in less `precision`"
         )
     return "\n".join(lines)
 

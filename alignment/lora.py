@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -43,7 +44,10 @@ class _Switch:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with adapters beside it: A is [rank, in], B is [out, rank], 0 at first."""
+    """A linear layer with adapters beside it: A is [rank, in], B is [out, rank], 0 at first.
+
+    Adapters are kept in float32, so that small steps are not lost, and computed in what the model computes in.
+    """
 
     def __init__(self, base: nn.Linear, switch: _Switch):
         super().__init__()
@@ -65,10 +69,8 @@ class LoraLinear(nn.Module):
         name = self.switch.name
         if name is None or name not in self.scales:
             return out
-        a, b = self.a[name], self.b[name]
-        added = (x.to(a.dtype) @ a.T) @ b.T
-        whole: Tensor = out + (added * self.scales[name]).to(out.dtype)
-        return whole
+        added = F.linear(F.linear(x, self.a[name].to(x.dtype)), self.b[name].to(x.dtype))
+        return out.add(added, alpha=self.scales[name])
 
     def delta(self, name: str) -> Tensor:
         """What the adapter adds to the weight, [out, in]."""
@@ -79,30 +81,42 @@ class LoraLinear(nn.Module):
 class Adapters:
     """The adapters of a model, whose linear layers it wraps; the base's own weights are frozen then."""
 
-    def __init__(self, model: nn.Module, targets: tuple[str, ...] = LINEAR):
-        """Raises ValueError when the model has no such layers."""
-        self._switch = _Switch()
+    def __init__(self, model: nn.Module):
+        self._model, self._switch = model, _Switch()
         self.layers: dict[str, LoraLinear] = {}
         self.shapes: dict[str, LoraShape] = {}
         self._places: list[tuple[nn.Module, str, LoraLinear]] = []
         model.requires_grad_(False)
-        for path, parent in list(model.named_modules()):
+
+    def add(self, name: str, shape: LoraShape) -> list[nn.Parameter]:
+        """The parameters of a new adapter; raises ValueError when the model has no such layers."""
+        self._wrap(shape.targets)
+        mine = [layer for path, layer in self.layers.items() if path.rpartition(".")[2] in shape.targets]
+        if not mine:
+            raise ValueError(
+                f"the model has none of the layers {', '.join(shape.targets)}; name its own in `lora.targets`"
+            )
+        for layer in mine:
+            layer.add(name, shape)
+        self.shapes[name] = shape
+        return self.parameters(name)
+
+    def _wrap(self, targets: Sequence[str]) -> None:
+        """Puts layers of these names, where they are not yet wrapped, behind places for adapters."""
+        for path, parent in list(self._model.named_modules()):
             for name, child in list(parent.named_children()):
                 if name in targets and isinstance(child, nn.Linear):
                     layer = LoraLinear(child, self._switch)
                     setattr(parent, name, layer)
                     self._places.append((parent, name, layer))
                     self.layers[f"{path}.{name}".lstrip(".")] = layer
-        if not self.layers:
-            raise ValueError(f"the model has none of the layers {', '.join(targets)}; name its own in `lora.targets`")
 
-    def add(self, name: str, shape: LoraShape) -> list[nn.Parameter]:
-        """The parameters of a new adapter."""
-        self.shapes[name] = shape
-        for path, layer in self.layers.items():
-            if path.rpartition(".")[2] in shape.targets:
-                layer.add(name, shape)
-        return self.parameters(name)
+    def drop(self, name: str) -> None:
+        """Takes an adapter away."""
+        self.shapes.pop(name, None)
+        for layer in self.layers.values():
+            if layer.scales.pop(name, None) is not None:
+                del layer.a[name], layer.b[name]
 
     def parameters(self, name: str) -> list[nn.Parameter]:
         """The parameters of an adapter, in the order of the layers."""
@@ -132,8 +146,8 @@ class Adapters:
         kept = {layer: layer.base.weight.detach().clone() for layer in self.layers.values() if name in layer.scales}
         try:
             with torch.no_grad():
-                for layer in kept:
-                    layer.base.weight += layer.delta(name).to(layer.base.weight.dtype)
+                for layer, weight in kept.items():
+                    layer.base.weight.copy_(weight.float() + layer.delta(name))
             with self.on(None):
                 yield
         finally:
@@ -165,13 +179,20 @@ class Adapters:
         """Gives a new adapter the weights in a PEFT folder; raises ValueError when they fit other layers."""
         config = json.loads((folder / CONFIG).read_text())
         self.add(name, LoraShape(config["r"], config["lora_alpha"], tuple(config["target_modules"])))
-        self.load_weights(name, load_file(folder / WEIGHTS))
+        try:
+            self.load_weights(name, load_file(folder / WEIGHTS))
+        except ValueError:
+            self.drop(name)
+            raise
 
     def load_weights(self, name: str, weights: dict[str, Tensor]) -> None:
         """Gives an adapter the tensors of these names; raises ValueError when they are others."""
         mine = self.weights(name)
         if wrong := sorted(mine.keys() ^ weights.keys()):
             raise ValueError(f"the adapter does not fit this model: {len(wrong)} tensors differ, such as {wrong[0]}")
+        if wrong := [key for key, tensor in mine.items() if tensor.shape != weights[key].shape]:
+            shapes = f"{tuple(weights[wrong[0]].shape)} in place of {tuple(mine[wrong[0]].shape)}"
+            raise ValueError(f"the adapter does not fit this model: {wrong[0]} is {shapes}")
         for key, tensor in mine.items():
             tensor.copy_(weights[key])
 

@@ -6,16 +6,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
+import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from alignment.lora import Adapters, LoraShape
 from alignment.losses import logprobs_of
 from alignment.tokens import Batch, Template
 
+transformers.logging.disable_progress_bar()  # a run tells itself how far it is
+
+Precision = Literal["float32", "bfloat16", "nf4"]
+"""What a model computes in. `bfloat16`: half the memory and, on hardware that has it, two to five times the speed; what
+is trained is float32 all the same. `nf4`: a frozen base besides in 4 bits a weight (QLoRA, arXiv:2305.14314)."""
 BENDING = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 """Settings of models whose logits are not plainly head times state; 1 and None leave them so."""
 
@@ -41,14 +48,17 @@ class Model:
     Dropout is off for good: a policy that differs each time it is asked has no ratio to what it was.
     """
 
-    def __init__(self, base: Any, tokenizer: Any, name: str = ""):
-        """Raises ModelError for a model whose log-probabilities would be computed wrongly."""
+    def __init__(self, base: Any, tokenizer: Any, name: str = "", dtype: torch.dtype | None = None):
+        """dtype: what it computes in, None for that of its weights.
+
+        Raises ModelError for a model whose log-probabilities would be computed wrongly.
+        """
         config = base.config.get_text_config()
         if bent := [one for one in BENDING if getattr(config, one, None) not in (None, 1, 1.0)]:
             raise ModelError(
                 f"{name or type(base).__name__}: its logits are changed by {', '.join(bent)}; not supported"
             )
-        self.base, self.name = base.eval(), name
+        self.base, self.name, self.dtype = base.eval(), name, dtype or base.dtype
         self.template = Template(tokenizer, end=_ends(base, tokenizer))
         self.adapters: Adapters | None = None
         self.heads = nn.ModuleDict()
@@ -57,15 +67,27 @@ class Model:
                 module.p = 0.0
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
+            if _is_quantised(module):
+                module.train()  # in eval mode bitsandbytes repacks the weights for a product without a gradient
 
     @classmethod
-    def load(cls, folder: Path | str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Model:
-        """The model in a checkpoint folder, with its tokenizer. Raises ModelError, OSError when there is none."""
+    def load(
+        cls, folder: Path | str, device: str = "cpu", precision: Precision = "float32", frozen: bool = True
+    ) -> Model:
+        """The model in a checkpoint folder, with its tokenizer.
+
+        frozen: its own weights are not trained, and so need not be float32. Raises ModelError, OSError when there is
+        none.
+        """
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        base = AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, dtype=dtype, attn_implementation="sdpa"
-        )
-        return cls(base.to(device), tokenizer, str(folder))
+        dtype = torch.float32 if precision == "float32" else torch.bfloat16
+        how: dict[str, Any] = {"dtype": dtype if frozen else torch.float32}
+        if precision == "nf4":
+            if not frozen:
+                raise ModelError('precision = "nf4" trains adapters on a frozen base: give the recipe a table [lora]')
+            how |= {"quantization_config": _nf4(), "device_map": {"": device}}
+        base = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa", **how)
+        return cls(base if precision == "nf4" else base.to(device), tokenizer, str(folder), dtype)
 
     @property
     def device(self) -> torch.device:
@@ -79,13 +101,29 @@ class Model:
 
     @property
     def unembedding(self) -> Tensor:
-        """The head's weight, [V, D]."""
-        return cast(Tensor, self.base.get_output_embeddings().weight)
+        """The head's weight, [V, D], in what the model computes in."""
+        return cast(Tensor, self.base.get_output_embeddings().weight.to(self.dtype))
+
+    @property
+    def quantised(self) -> bool:
+        """True where the base's weights are less than what they stand for, and cannot be changed."""
+        return any(map(_is_quantised, self.base.modules()))
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The base's parameters by name, in order, without adapters; of a quantised base those in its checkpoint."""
+        if not self.quantised:
+            with self.adapters.unwrapped() if self.adapters else self.on(None):
+                yield from sorted((name, one.detach()) for name, one in self.base.named_parameters())
+            return
+        files: list[Any] = [safe_open(path, "pt") for path in Path(self.name).glob("*.safetensors")]
+        places = sorted((name, k) for k, file in enumerate(files) for name in list(file.keys()))
+        for name, k in places:
+            yield name, files[k].get_tensor(name)
 
     def adapt(self, name: str, shape: LoraShape) -> list[nn.Parameter]:
         """The parameters of a new adapter, which changes nothing yet; from now on the base is frozen."""
         if self.adapters is None:
-            self.adapters = Adapters(self.base, shape.targets)
+            self.adapters = Adapters(self.base)
         return self.adapters.add(name, shape)
 
     def head(self, name: str, outputs: int = 1) -> list[nn.Parameter]:
@@ -110,11 +148,12 @@ class Model:
 
     def states(self, batch: Batch, adapter: str | None = None) -> Tensor:
         """The last hidden states, [B, T, D]."""
-        with self.on(adapter):
+        mixed = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != self.base.dtype)
+        with self.on(adapter), mixed:
             out = self.base.base_model(
                 input_ids=batch.ids, attention_mask=batch.allowed, position_ids=batch.positions, use_cache=False
             )
-        return cast(Tensor, out.last_hidden_state)
+        return cast(Tensor, out.last_hidden_state).to(self.dtype)
 
     def told(self, batch: Batch, states: Tensor, temperature: float = 1.0) -> Told:
         """What the model says of the trained tokens, from its hidden states: logits are computed for those alone."""
@@ -128,6 +167,21 @@ class Model:
         """A head's value after every token, [B, T] in float32; [B, T, outputs] where it has several."""
         out: Tensor = self.heads[head](states.float())
         return out[..., 0] if out.shape[-1] == 1 else out
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    return hasattr(module, "quant_state")
+
+
+def _nf4() -> Any:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise ModelError("precision = \"nf4\" needs bitsandbytes: pip install 'newel[qlora]'") from None
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
 
 
 def _ends(base: Any, tokenizer: Any) -> Sequence[int]:

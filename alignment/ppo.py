@@ -26,7 +26,7 @@ from alignment import recipe as recipes
 from alignment.judging import Judge, samples
 from alignment.loop import Adam, Optimiser, Parallel, Run, Tell
 from alignment.lora import LoraShape
-from alignment.model import Model
+from alignment.model import Model, Precision
 from alignment.monitor import Bounds
 from alignment.records import Demonstration
 from alignment.reward import RewardModel
@@ -394,6 +394,7 @@ class Recipe:
     batch: int = 64
     seed: int = 0
     device: str = ""
+    precision: Precision = "float32"
     often: int = 25
     shown: int = 16
     checkpoint: int = 10
@@ -413,7 +414,7 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     """
     parallel = Parallel(how.device)
     torch.manual_seed(how.seed)
-    model = Model.load(how.model, str(parallel.device))
+    model = Model.load(how.model, str(parallel.device), how.precision)
     files = [dataset.read(path, tell=tell) for path in how.prompts]
     train, test = (_prompts(model, files, split, how.max_prompt, tell) for split in ("train", "test"))
     judge = Judge(model, how.rewards, train | test, how.lagrange, how.bounds, how.held_out)

@@ -7,8 +7,9 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from alignment.lora import Adapters
 from alignment.model import Model
 
 CARD, PROVENANCE = "README.md", "provenance.json"
@@ -35,14 +36,16 @@ class Provenance:
 def write(model: Model, adapter: str | None, folder: Path, provenance: Provenance) -> Path:
     """The folder with the whole model, an adapter merged into it, and the adapter by itself in `adapter/`.
 
-    Tied embeddings stay tied; the chat template and the tokens that end a turn stay what they were.
+    Tied embeddings stay tied; the chat template and the tokens that end a turn stay what they were. The adapter of a
+    quantised base is merged into the weights that the base was made from, in bfloat16.
     """
     new = folder.with_name(folder.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     if adapter is not None and model.adapters is not None:
         model.adapters.save(adapter, new / ADAPTER, model.name)
-        with model.adapters.merged(adapter), model.adapters.unwrapped():
-            model.base.save_pretrained(new)
+        whole = _unquantised(model, adapter) if model.quantised else model
+        with cast(Adapters, whole.adapters).merged(adapter), cast(Adapters, whole.adapters).unwrapped():
+            whole.base.save_pretrained(new)
     else:
         model.base.save_pretrained(new)
     model.tokenizer.save_pretrained(new)
@@ -54,6 +57,13 @@ def write(model: Model, adapter: str | None, folder: Path, provenance: Provenanc
     shutil.rmtree(folder, ignore_errors=True)
     new.replace(folder)
     return folder
+
+
+def _unquantised(model: Model, adapter: str) -> Model:
+    adapters, whole = cast(Adapters, model.adapters), Model.load(model.name, precision="bfloat16")
+    whole.adapt(adapter, adapters.shapes[adapter])
+    cast(Adapters, whole.adapters).load_weights(adapter, {k: v.cpu() for k, v in adapters.weights(adapter).items()})
+    return whole
 
 
 def _plain(provenance: Provenance) -> dict[str, Any]:

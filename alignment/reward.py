@@ -25,9 +25,9 @@ from alignment import calibration, dataset, release, report
 from alignment import recipe as recipes
 from alignment.calibration import Interval, wilson
 from alignment.loop import Adam, Optimiser, Parallel, Part, Run, Tell, fit
-from alignment.lora import CONFIG, Adapters, LoraShape
+from alignment.lora import Adapters, LoraShape
 from alignment.losses import centring, preference_loss
-from alignment.model import Model, ModelError
+from alignment.model import Model, ModelError, Precision
 from alignment.records import Demonstration, PreferencePair
 from alignment.tokens import Batch, Row, batch, plan, schedule, shared
 
@@ -76,6 +76,7 @@ class Recipe:
     watched: int = 200
     seed: int = 0
     device: str = ""
+    precision: Precision = "float32"
     often: int = 50
     checkpoint: int = 50
 
@@ -89,7 +90,7 @@ class Recipe:
 def train(how: Recipe, tell: Tell = print) -> Path:
     """The folder of the reward model that the recipe makes; its run's folder has metrics, calibration and a report."""
     parallel = Parallel(how.device)
-    model = Model.load(how.model, str(parallel.device))
+    model = Model.load(how.model, str(parallel.device), how.precision)
     sets = [dataset.read(path, PreferencePair, tell) for path in how.data]
     pairs, held_out = (_pairs(model, sets, split, how, tell) for split in ("train", "test"))
     _check_objectives(pairs, how.objectives)
@@ -320,11 +321,11 @@ class RewardModel:
 
 def _load_adapter(model: Model, name: str, folder: Path) -> None:
     if model.adapters is None:
-        model.adapters = Adapters(model.base, tuple(json.loads((folder / CONFIG).read_text())["target_modules"]))
+        model.adapters = Adapters(model.base)
     try:
         model.adapters.load(name, folder)
     except ValueError as error:
-        raise ModelError(f"{folder}: {error}; load the reward model before an adapter on fewer layers") from None
+        raise ModelError(f"{folder}: {error}") from None
 
 
 def _seed(seed: int, member: int) -> int:
@@ -342,11 +343,10 @@ def lineage(model: Model) -> dict[str, str]:
     words = model.tokenizer
     said = [sorted(words.get_vocab().items()), words(PROBE, add_special_tokens=False)["input_ids"]]
     weights = hashlib.sha256()
-    with model.adapters.unwrapped() if model.adapters else model.on(None):
-        for name, one in sorted(model.base.named_parameters()):
-            flat = one.detach().flatten()
-            some = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16).float().cpu()
-            weights.update(f"{name}{tuple(one.shape)}".encode() + some.numpy().tobytes())
+    for name, one in model.weights():
+        flat = one.flatten()
+        some = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16).float().cpu()
+        weights.update(f"{name}{tuple(one.shape)}".encode() + some.numpy().tobytes())
     return {
         "tokenizer": hashlib.sha256(json.dumps(said).encode()).hexdigest(),
         "template": hashlib.sha256(words.chat_template.encode()).hexdigest(),

@@ -63,7 +63,7 @@ class Local:
     def draw(
         self, prompts: Sequence[tuple[int, ...]], samples: int, limit: int, temperature: float, seed: int
     ) -> list[Reply]:
-        """As Engine.draw; the weights are merged meanwhile, which is faster than an adapter beside them."""
+        """As Engine.draw; the weights are merged meanwhile where they can be, for an adapter beside them is slower."""
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         each = max(1, self._batch // samples)
         found: dict[int, list[Reply]] = {}
@@ -77,8 +77,8 @@ class Local:
 
     def _merged(self) -> AbstractContextManager[None]:
         model = self._model
-        if model.adapters is None or self._adapter is None:
-            return model.on(None)
+        if model.adapters is None or self._adapter is None or model.quantised:
+            return model.on(self._adapter)
         return model.adapters.merged(self._adapter)
 
     def _some(

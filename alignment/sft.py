@@ -13,7 +13,7 @@ from alignment import dataset, release, report
 from alignment import recipe as recipes
 from alignment.loop import Adam, Optimiser, Parallel, Part, Run, Tell, fit
 from alignment.lora import LoraShape
-from alignment.model import Model
+from alignment.model import Model, Precision
 from alignment.records import Demonstration
 from alignment.tokens import Row, Turns, batch, fitting, plan, schedule
 
@@ -44,6 +44,7 @@ class Recipe:
     optimiser: Adam = field(default_factory=Adam)
     seed: int = 0
     device: str = ""
+    precision: Precision = "float32"
     often: int = 50
     checkpoint: int = 50
 
@@ -52,7 +53,7 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     """The release that the recipe makes; its run's folder has metrics, checkpoints and a report."""
     parallel = Parallel(how.device)
     torch.manual_seed(how.seed)
-    model = Model.load(how.model, str(parallel.device))
+    model = Model.load(how.model, str(parallel.device), how.precision, how.lora is not None)
     sets = [dataset.read(path, Demonstration, tell) for path in how.data]
     rows, held_out = (_rows(model, sets, split, how, tell) for split in ("train", "test"))
     if not rows:

@@ -127,7 +127,9 @@ def test_an_estimate_is_told_in_a_few_lines() -> None:
         f"memory       {(2.42e9 + RUNTIME) / 1e9:.2f} GB: weights 0.56, gradients 0.02, optimiser 0.04, "
         "activations 1.20, logits 0.60",
     ]
-    assert told(one, free=1e9).endswith("1.00 GB free: lower `tokens`, then `max_length`, or train with `lora`")
+    assert told(one, free=1e9).endswith(
+        "1.00 GB free: lower `tokens`, then `max_length`, or train with `lora`, or in less `precision`"
+    )
 
 
 # --- docs/training.md

@@ -69,8 +69,9 @@ class LoraLinear(nn.Module):
         name = self.switch.name
         if name is None or name not in self.scales:
             return out
-        added = F.linear(F.linear(x, self.a[name].to(x.dtype)), self.b[name].to(x.dtype))
-        return out.add(added, alpha=self.scales[name])
+        low = F.linear(x, self.a[name].to(x.dtype)) * self.scales[name]
+        whole = torch.addmm(out.flatten(0, -2), low.flatten(0, -2), self.b[name].to(x.dtype).T)
+        return whole.view_as(out)
 
     def delta(self, name: str) -> Tensor:
         """What the adapter adds to the weight, [out, in]."""

@@ -1,0 +1,195 @@
+"""Whether models learn: SFT, a reward model, PPO and a judge on real pairs, by `newel train` as users run it.
+
+    python -m benchmarks.learning ../shared/data/hh-rlhf/harmless-base_test.jsonl.gz runs/learning \\
+        --model ~/.local/share/newel/models/smollm2-135m-instruct --write
+
+The conversations are dealt out to three sets that share none: one trains the reward model, one a second reward model
+that judges and that PPO never asks for a reward, one measures. What is done is not done again, and a step that was cut
+short goes on. `--write` puts the figures into docs/learning.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "learning.md"
+SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
+Json = dict[str, Any]
+
+RECIPES = {
+    "sft": """
+data = ["../demonstrations.jsonl"]
+turns = "last"
+tokens = 1024
+max_length = 512
+rows = 16
+epochs = 2
+[lora]
+rank = 16
+[optimiser]
+lr = 2e-4
+schedule = "cosine"
+""",
+    "reward": """
+data = ["../first.jsonl", "../measured.jsonl"]
+objectives = ["harmless"]
+members = 2
+epochs = 2
+rows = 16
+max_length = 768
+often = 40
+[lora]
+rank = 8
+alpha = 16.0
+[optimiser]
+lr = 2e-4
+""",
+    "judge": """
+data = ["../second.jsonl", "../measured.jsonl"]
+objectives = ["harmless"]
+members = 2
+epochs = 2
+rows = 16
+max_length = 768
+often = 40
+seed = 1
+[lora]
+rank = 8
+alpha = 16.0
+[optimiser]
+lr = 2e-4
+""",
+    "ppo": """
+prompts = ["../prompts.jsonl"]
+critic = "../reward/release"
+held_out = "../judge/release"
+demonstrations = ["../demonstrations.jsonl"]
+max_prompt = 192
+shown = 32
+often = 20
+critic_lr = 1e-4
+[lora]
+rank = 16
+[optimiser]
+lr = 5e-5
+warmup = 0.0
+[[rewards]]
+name = "harmless"
+kind = "model"
+path = "../reward/release"
+spread = 0.5
+[ppo]
+prompts = 32
+limit = 48
+minibatches = 4
+warmup = 2
+replay = 0.05
+missing_end = 0.3
+[ppo.kl]
+coefficient = 0.05
+[bounds]
+kl = 25.0
+""",
+}
+
+
+# --- data
+
+
+def pairs(path: Path) -> Iterator[Json]:
+    """The pairs of a file as hh-rlhf writes them, in TRL's format; those with an empty or the same reply are left out."""
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
+        for line in lines:
+            row = json.loads(line)
+            chosen, rejected = (_turns(row[name]) for name in ("chosen", "rejected"))
+            replies = [one[-1] for one in (chosen, rejected) if one and one[-1]["role"] == "assistant"]
+            if len(replies) == 2 and all(one["content"] for one in replies) and replies[0] != replies[1]:
+                yield {"prompt": chosen[:-1], "chosen": replies[:1], "rejected": replies[1:], "slice": "harmless"}
+
+
+def _turns(text: str) -> list[dict[str, str]]:
+    _, *parts = SPEAKER.split(text)
+    roles = ("user" if who == "Human" else "assistant" for who in parts[::2])
+    return [{"role": role, "content": said.strip()} for role, said in zip(roles, parts[1::2], strict=True)]
+
+
+def _set(pair: Json) -> str:
+    """Which of the sets a conversation belongs to: 40 % each to learn from, 20 % measure."""
+    first = hashlib.sha256(pair["prompt"][0]["content"].lower().encode()).digest()[0]
+    return "first" if first < 102 else "second" if first < 205 else "measured"
+
+
+def deal(source: Path, folder: Path) -> Mapping[str, int]:
+    """Writes the files of the steps; returns how many pairs each set has."""
+    sets: dict[str, list[Json]] = {"first": [], "second": [], "measured": []}
+    for pair in pairs(source):
+        name = _set(pair)
+        sets[name].append(pair | {"split": "test" if name == "measured" else "train"})
+    for name, rows in sets.items():
+        _write(folder / f"{name}.jsonl", rows)
+    learnt, measured = [*sets["first"], *sets["second"]], sets["measured"]
+    told = [
+        {"messages": [*one["prompt"], *one["chosen"]], "split": one["split"]} for one in (*sets["first"], *measured[:100])
+    ]
+    _write(folder / "demonstrations.jsonl", told)
+    _write(folder / "prompts.jsonl", [{"prompt": one["prompt"], "split": one["split"]} for one in (*learnt, *measured)])
+    return {name: len(rows) for name, rows in sets.items()}
+
+
+def _write(path: Path, rows: list[Json]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+# --- steps
+
+
+def step(name: str, method: str, model: Path, folder: Path, changes: list[str]) -> None:
+    """Trains one model, unless its release is there."""
+    if (folder / name / "release").is_dir():
+        return
+    where = folder / name
+    where.mkdir(exist_ok=True)
+    recipe = where / "asked.toml"
+    recipe.write_text(f'model = "{model}"\noutput = "."\n{RECIPES[name]}')
+    print(f"== {name}", file=sys.stderr, flush=True)
+    subprocess.run([str(Path(sys.executable).with_name("newel")), "train", method, str(recipe), *changes], cwd=ROOT, check=True)
+
+
+def main() -> None:
+    """Trains what is not yet trained, and tells what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pairs", type=Path, help="a file of hh-rlhf")
+    parser.add_argument("folder", type=Path, help="where the runs are")
+    parser.add_argument("--model", type=Path, required=True, help="a checkpoint's folder")
+    parser.add_argument("--precision", default="bfloat16")
+    parser.add_argument("--updates", type=int, default=60, help="of PPO")
+    parser.add_argument("--until", choices=RECIPES, default="ppo", help="the last step")
+    parser.add_argument("--write", action="store_true", help="put the figures into docs/learning.md")
+    how = parser.parse_args()
+    folder = how.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes, common = deal(how.pairs, folder), [f"precision={how.precision}"]
+    print(sizes, file=sys.stderr)
+    tuned = folder / "sft" / "release"
+    for name, method, model, changes in (
+        ("sft", "sft", how.model.resolve(), []), ("reward", "reward", tuned, []), ("judge", "reward", tuned, []),
+        ("ppo", "ppo", tuned, [f"updates={how.updates}"]),
+    ):  # fmt: skip
+        step(name, method, model, folder, [*common, *changes])
+        if name == how.until:
+            break
+
+
+if __name__ == "__main__":
+    main()

@@ -184,7 +184,7 @@ def _messages(record: Record) -> tuple[Message, ...]:
 
 async def _scrubbed(record: Record, scrub: Scrub) -> Record:
     async def clean(messages: Sequence[Message]) -> tuple[Message, ...]:
-        return tuple([Message(message.role, await scrub(message.content)) for message in messages])
+        return tuple([replace(message, content=await scrub(message.content)) for message in messages])
 
     match record:
         case Demonstration():

@@ -17,7 +17,9 @@ from typing import Any, Generic
 
 import orjson
 
+from alignment.progress import doing
 from alignment.records import (
+    CONVERSATIONS,
     BadRecords,
     Demonstration,
     PreferencePair,
@@ -25,6 +27,8 @@ from alignment.records import (
     R,
     Rating,
     Row,
+    conversation,
+    definitions,
     fingerprint,
     from_row,
     split_of,
@@ -39,12 +43,11 @@ FORMS: Sequence[tuple[frozenset[str], type[Row]]] = (
     (frozenset(("prompt",)), Prompt),
 )
 """What a row is, by the columns that it has: the first form that fits."""
-TEXTS = frozenset(("messages", "prompt", "completion", "chosen", "rejected", "label"))
-EXTRA = frozenset(("source", "slice", "margin", "tie", "weight", "turn", "turns", "policy", "split"))
+TEXTS = CONVERSATIONS | {"label", "tools"}
+EXTRA = frozenset(("source", "slice", "margin", "tie", "weight", "turn", "turns", "after", "policy", "split"))
 CONVERSATION = ("conversation_id", "conversation", "turn")
 """Columns that name a conversation; rows of the same one go to the same split."""
 _SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
-_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
 WORDS = 13
 """Words of a sequence that two prompts have in common where they overlap (GPT-3's choice, arXiv:2005.14165)."""
 
@@ -55,12 +58,14 @@ class DatasetError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Dataset(Generic[R]):
-    """The records of a file. fingerprint: SHA-256 of its bytes. ignored: columns that nobody reads here."""
+    """The records of a file. fingerprint: SHA-256 of its bytes. ignored: columns that nobody reads here. lines: where
+    in the file each record is, counted from 1: the line, or the row of what has no lines."""
 
     path: Path
     records: tuple[R, ...]
     fingerprint: str
     ignored: tuple[str, ...] = ()
+    lines: tuple[int, ...] = ()
 
 
 def read(source: Path | str, kind: type[R] | None = None, tell: Callable[[str], object] = print) -> Dataset[R]:
@@ -69,7 +74,8 @@ def read(source: Path | str, kind: type[R] | None = None, tell: Callable[[str], 
     kind: what they must be; None for what the first row is. Rows without a `split` are split by conversation. Columns
     that nobody reads are told once. Raises BadRecords with all rows that are none, DatasetError.
     """
-    path, records, bad, unread = Path(source), list[Any](), dict[int, str](), dict[str, None]()
+    doing(f"reading {source}")
+    path, records, bad, unread = Path(source), dict[int, Any](), dict[int, str](), dict[str, None]()
     wanted: type[Any] | None = kind
     for number, row in _rows(source):
         try:
@@ -79,20 +85,25 @@ def read(source: Path | str, kind: type[R] | None = None, tell: Callable[[str], 
             continue
         wanted = wanted or type(found)
         unread |= dict.fromkeys(others)
-        records.append(found)
+        records[number] = found
     if bad:
-        raise BadRecords(path, bad)
+        raise BadRecords({path: bad})
     if not records:
         raise DatasetError(f"{source} has no rows")
     if unread:
         tell(f"{source}: columns that are not read: {', '.join(unread)}")
-    digest = fingerprint(path.read_bytes()) if path.is_file() else _digest(records)
-    return Dataset(path, tuple(records), digest, tuple(unread))
+    digest = fingerprint(path.read_bytes()) if path.is_file() else _digest(list(records.values()))
+    return Dataset(path, tuple(records.values()), digest, tuple(unread), tuple(records))
 
 
 def prompt_of(record: Row) -> tuple[Message, ...]:
-    """What is asked in a record."""
-    return record.messages[:-1] if isinstance(record, Demonstration) else record.prompt
+    """What is asked in a record: of a demonstration all that comes before its last reply."""
+    if not isinstance(record, Demonstration):
+        return record.prompt
+    said = len(record.messages)
+    while said and record.messages[said - 1].role == "assistant":  # a reply, and each call of a tool in it
+        said -= 1
+    return record.messages[:said]
 
 
 # --- rows of files
@@ -107,14 +118,21 @@ def _rows(source: Path | str) -> Iterator[tuple[int, Any]]:
     elif path.is_file() and name.endswith(".json"):
         yield from enumerate(_array(path), 1)
     elif path.is_file() and name.endswith(".parquet"):
-        yield from enumerate(_table("parquet", data_files=str(path)), 1)
+        yield from enumerate(map(_without_none, _table("parquet", data_files=str(path))), 1)
     elif path.is_dir():
-        yield from enumerate(_saved(path), 1)
+        yield from enumerate(map(_without_none, _saved(path)), 1)
     elif path.suffix or path.is_absolute():
         known = "a .jsonl, .json (also .gz) or .parquet file, or a folder that `datasets` has saved"
         raise DatasetError(f"{source}: {'not one of' if path.exists() else 'there is no such file; name'} {known}")
     else:
-        yield from enumerate(_table(str(source)), 1)
+        yield from enumerate(map(_without_none, _table(str(source))), 1)
+
+
+def _without_none(value: Any) -> Any:
+    """A row of a table without what it does not have: there, the arguments of all calls have the keys of all others."""
+    if isinstance(value, Mapping):
+        return {name: _without_none(one) for name, one in value.items() if one is not None}
+    return [_without_none(one) for one in value] if isinstance(value, list) else value
 
 
 def _bytes(path: Path) -> bytes:
@@ -176,10 +194,13 @@ def _record(row: Any, kind: type[Row] | None) -> tuple[Row, list[str]]:
         raise ValueError("the row is no object with columns")
     given = {name: value for name, value in row.items() if value is not None}
     found: type[Any] = _form(given, kind)
-    told = {name: _messages(name, given[name]) if name != "label" else given[name] for name in TEXTS & given.keys()}
+    told = {name: _messages(name, given[name]) for name in CONVERSATIONS & given.keys()}
+    told |= {"label": given["label"]} if "label" in given else {}
     wanted = {one.name for one in fields(found)}
     extra = {name: given[name] for name in EXTRA & given.keys() if name in wanted}
     made = _joined(found, told) | extra
+    if "tools" in given:
+        made["tools"] = definitions(given["tools"])
     if "split" not in made:
         made["split"] = split_of("", _conversation(given, made))
     return from_row(found, made), sorted(given.keys() - TEXTS - EXTRA - set(CONVERSATION))
@@ -201,7 +222,9 @@ def _form(row: Mapping[str, Any], kind: type[Row] | None) -> type[Row]:
 def _joined(kind: type[Row], told: Mapping[str, Any]) -> dict[str, Any]:
     """The texts of a row under the names that the record has for them."""
     if kind is Demonstration and "messages" not in told:
-        return {"messages": [*told["prompt"], *told["completion"]], "turns": "last"}
+        prompt, said = told["prompt"], told["completion"]
+        several = any(one.role != "assistant" for one in said)
+        return {"messages": (*prompt, *said)} | ({"after": len(prompt)} if several else {"turns": "last"})
     if kind is Demonstration:
         return {"messages": told["messages"]}
     if kind is PreferencePair and "prompt" not in told:
@@ -213,52 +236,37 @@ def _joined(kind: type[Row], told: Mapping[str, Any]) -> dict[str, Any]:
     return dict(told)
 
 
-def _with_prompt(chosen: list[Any], rejected: list[Any]) -> dict[str, Any]:
+def _with_prompt(chosen: Sequence[Message], rejected: Sequence[Message]) -> dict[str, Any]:
     """A pair of which the prompt is what both conversations have in common at the beginning."""
     common = 0
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
-    while common and chosen[common - 1]["role"] == "assistant":
+    while common and chosen[common - 1].role == "assistant":
         common -= 1
     return {"prompt": chosen[:common], "chosen": chosen[common:], "rejected": rejected[common:]}
 
 
-def _messages(name: str, value: Any) -> list[dict[str, str]]:
+def _messages(name: str, value: Any) -> tuple[Message, ...]:
     """A column as messages: as they are, of a dialogue's text, or of a text that one side says."""
     if isinstance(value, str):
-        return _dialogue(value) or [{"role": "user" if name == "prompt" else "assistant", "content": value}]
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, Sequence):
-        raise ValueError(f"{name}: neither a text nor a list of messages")
-    return [_message(f"{name}.{place}", one) for place, one in enumerate(value)]
+        return _dialogue(value) or (Message("user" if name == "prompt" else "assistant", value),)
+    return conversation(name, [value] if isinstance(value, Mapping) else value)
 
 
-def _message(place: str, value: Any) -> dict[str, str]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{place}: a message has a role and a content")
-    if value.get("tool_calls"):
-        raise ValueError(f"{place}: tool calls are not trained yet; leave such conversations out")
-    role = value.get("role") or value.get("from")
-    content = value.get("content") if "content" in value else value.get("value")
-    return {"role": _ROLES.get(str(role), role), "content": content}  # type: ignore[dict-item]
-
-
-def _dialogue(text: str) -> list[dict[str, str]]:
+def _dialogue(text: str) -> tuple[Message, ...]:
     """The messages of a dialogue as hh-rlhf writes it; none for another text."""
     if not text.startswith("\n\nHuman:"):
-        return []
+        return ()
     _, *parts = _SPEAKER.split(text)
     pairs = zip(parts[::2], parts[1::2], strict=True)
-    told = [{"role": "user" if who == "Human" else "assistant", "content": said.strip()} for who, said in pairs]
-    return told
+    return tuple(Message("user" if who == "Human" else "assistant", said.strip()) for who, said in pairs)
 
 
 def _conversation(row: Mapping[str, Any], made: Mapping[str, Any]) -> str:
     """What names the row's conversation: its id, or else what the person said first."""
     named = next((str(row[name]) for name in CONVERSATION if row.get(name)), "")
-    messages = made.get("messages") or made.get("prompt") or []
-    return named or next((str(one["content"]) for one in messages if one.get("role") == "user"), "")
+    messages: Sequence[Message] = made.get("messages") or made.get("prompt") or ()
+    return named or next((one.content for one in messages if one.role == "user"), "")
 
 
 def _digest(records: Sequence[Any]) -> str:
@@ -300,12 +308,14 @@ def overlaps(sets: Mapping[str, Sequence[Row]]) -> list[Overlap]:
 
 def overlap(first: str, ours: Sequence[Row], second: str, theirs: Sequence[Row]) -> Overlap:
     """Which of their prompts are among ours."""
-    texts, runs = dict[str, int](), dict[tuple[str, ...], int]()
+    texts, runs = dict[str, int](), dict[int, int]()
+    wanted = {run for one in theirs for run in _runs(_words(one))}  # of ours only these are kept: memory
     for place, one in enumerate(ours):
         words = _words(one)
         texts.setdefault(" ".join(words), place)
         for run in _runs(words):
-            runs.setdefault(run, place)
+            if run in wanted:
+                runs.setdefault(run, place)
     exact, near = list[tuple[int, int]](), list[tuple[int, int]]()
     for place, one in enumerate(theirs):
         words = _words(one)
@@ -326,9 +336,10 @@ def _words(record: Row) -> list[str]:
     return " ".join(one.content for one in prompt_of(record) if one.role == "user").casefold().split()
 
 
-def _runs(words: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _runs(words: Sequence[str]) -> Iterator[int]:
+    """Hashes of all sequences of `WORDS` words."""
     for at in range(max(1, len(words) - WORDS + 1)):
-        yield tuple(words[at : at + WORDS])
+        yield hash(tuple(words[at : at + WORDS]))
 
 
 def told(found: Sequence[Overlap]) -> str:

@@ -17,7 +17,9 @@ import torch
 from transformers import AutoTokenizer
 
 from alignment import dataset
+from alignment.lora import LoraShape
 from alignment.losses import CHUNK
+from alignment.material import Material
 from alignment.records import Demonstration, PreferencePair, Rating
 from alignment.tokens import Row, Template, schedule, shared
 
@@ -111,7 +113,7 @@ class Estimate:
 
     parameters, trained: numbers of the model, and of those that change. tokens: of all forward passes that are learnt
     from, with their padding. activations: kept for the backward pass. logits: of a chunk, thrice. cache: keys and
-    values of replies that are drawn at once.
+    values of replies that are drawn at once. processes: that the weights are shared out over; sizes are of one of them.
     """
 
     parameters: int
@@ -126,6 +128,7 @@ class Estimate:
     logits: float
     cache: float
     seconds: float
+    processes: int = 1
 
     @property
     def memory(self) -> float:
@@ -134,8 +137,10 @@ class Estimate:
         return sum(parts) + RUNTIME
 
 
-def of(method: str, how: Any, rows: Sequence[int], speed: Speed | None = None) -> Estimate:
+def of(method: str, how: Any, rows: Sequence[int], speed: Speed | None = None, processes: int = 1) -> Estimate:
     """What a recipe takes. method: `sft`, `reward`, `ppo`, `dpo` or `kto`; how: its recipe.
+
+    processes: that run it, each on a device of its own; with `shard` they share the weights out.
 
     rows: lengths in tokens: of a row, of a prompt with both replies, of a prompt for `ppo`. speed: None measures this
     machine for a second. Raises EstimateError.
@@ -149,25 +154,40 @@ def of(method: str, how: Any, rows: Sequence[int], speed: Speed | None = None) -
     seconds = found.learnt / (SHARE * speed(found.widest, shape.width, shape.inner))
     if found.drawn:
         seconds += found.drawn / (SHARE * speed(found.replies, shape.width, shape.inner))
-    trained = found.adapters or shape.parameters
+    trained = found.adapters + found.whole * shape.parameters
     linear = shape.layers * sum(a * b for a, b in shape.linear.values())
-    weights = _weights(shape, how.precision, linear, frozen=bool(found.adapters)) + found.adapters * BYTES
-    kept = shape.kept * shape.layers * found.widest * found.trunks * number * (SLACK if found.adapters else 1)
-    copied = found.replies > 0 and how.precision != "nf4"  # the weights without the adapter that is merged meanwhile
+    parts = processes if how.shard else 1
+    weights = found.frozen * _weights(shape, how.precision, linear, True, parts) + found.adapters * BYTES
+    weights += found.whole * _weights(shape, how.precision, linear, False, parts)
+    trained_here = found.adapters + found.whole * shape.parameters / parts
+    drawing = shape.parameters * number if found.replies and parts > 1 else 0  # all weights, while replies are drawn
+    kept = shape.kept * shape.layers * found.widest * found.trunks * number * (1 if found.whole else SLACK)
+    copied = found.merged and how.precision != "nf4"  # the weights without the adapter that is merged meanwhile
     return Estimate(
         shape.parameters, trained, found.updates, found.tokens, found.learnt + found.drawn,
-        weights=weights + (linear * number if copied else 0),
-        gradients=trained * BYTES,
-        optimiser=2 * trained * BYTES,
+        weights=weights + drawing + (linear * number if copied else 0),
+        gradients=trained_here * BYTES,
+        optimiser=2 * trained_here * BYTES,
         activations=kept + found.widest * found.longest * (number + 1),  # the mask of rows beside each other
-        logits=_logits(shape, min(found.widest, CHUNK), not found.adapters),
+        logits=_logits(shape, min(found.widest, CHUNK), found.whole > 0),
         cache=found.replies * found.longest * shape.layers * 2 * shape.key_heads * shape.head * number,
         seconds=seconds,
+        processes=parts,
     )  # fmt: skip
 
 
-def _weights(shape: Shape, precision: str, linear: int, frozen: bool) -> float:
-    """Bytes of the base, `linear` of whose parameters are in linear maps of layers."""
+def _weights(shape: Shape, precision: str, linear: int, frozen: bool, parts: int = 1) -> float:
+    """Bytes of the base, `linear` of whose parameters are in linear maps of layers.
+
+    In parts: of one of them, and of what is whole at a time: two layers, for the next one is gathered meanwhile, and
+    the head.
+    """
+    if parts > 1:
+        number = BYTES if precision == "float32" else HALF
+        kept = number if frozen else BYTES
+        return (
+            shape.parameters * kept / parts + 2 * linear / shape.layers * number + shape.vocabulary * shape.width * kept
+        )
     if precision == "float32":
         return float(shape.parameters * BYTES)
     if not frozen:
@@ -182,10 +202,10 @@ def lengths(method: str, how: Any, tell: Callable[[str], object]) -> list[int]:
     """
     template = Template(AutoTokenizer.from_pretrained(how.model, local_files_only=True))
     files = how.prompts if method == "ppo" else how.data
-    rows = [one for path in files for one in dataset.read(path, KINDS.get(method), tell).records]
-    found = [len(_row(template, one, method, how)) for one in rows if one.split == "train"]
-    longest = how.max_prompt if method == "ppo" else how.max_length
-    return [length for length in found if length <= longest]
+    learnt = Material[Any].read(files, KINDS.get(method), tell)
+    found = learnt.made(lambda one: len(_row(template, one, method, how)))["train"]
+    knob = "max_prompt" if method == "ppo" else "max_length"
+    return [one.what for one in learnt.fitting(found, getattr(how, knob), knob, int)]
 
 
 KINDS: Mapping[str, Any] = {"sft": Demonstration, "reward": PreferencePair, "dpo": PreferencePair, "kto": Rating}
@@ -194,20 +214,22 @@ KINDS: Mapping[str, Any] = {"sft": Demonstration, "reward": PreferencePair, "dpo
 def _row(template: Template, record: Any, method: str, how: Any) -> Sequence[int] | Row:
     match record:
         case _ if method == "ppo":
-            return template.prompt(dataset.prompt_of(record))
+            return template.prompt(dataset.prompt_of(record), record.tools)
         case Demonstration():
-            return template.conversation(record.messages, "last" if how.turns == "last" else record.turns)
+            turns = "last" if how.turns == "last" else record.turns
+            return template.conversation(record.messages, turns, record.tools, record.after)
         case PreferencePair():
-            replies = (template.reply(record.prompt, one) for one in (record.chosen, record.rejected))
+            replies = (template.reply(record.prompt, one, record.tools) for one in (record.chosen, record.rejected))
             return shared(*replies)
-    return template.reply(record.prompt, record.completion)
+    return template.reply(record.prompt, record.completion, record.tools)
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
     """What is computed. learnt, drawn: FLOPs of whole rows, and of single tokens. widest: tokens of the largest pass.
 
-    trunks: passes whose activations are kept at once. replies: drawn at once.
+    adapters: their parameters. whole, frozen: models, all of whose weights are trained, or none. trunks: passes whose
+    activations are kept at once. replies: drawn at once; merged: with an adapter made part of the weights meanwhile.
     """
 
     updates: int
@@ -216,9 +238,12 @@ class _Work:
     widest: int
     longest: int
     adapters: int
+    whole: int = 0
+    frozen: int = 1
     trunks: int = 1
     drawn: float = 0.0
     replies: int = 0
+    merged: bool = False
 
 
 def _rows(method: str, shape: Shape, how: Any, rows: Sequence[int]) -> _Work:
@@ -231,7 +256,8 @@ def _rows(method: str, shape: Shape, how: Any, rows: Sequence[int]) -> _Work:
     n, backward = shape.parameters, 4 if how.lora else 6
     flops = float(backward * n * tokens + 6 * adapters // members * tokens)
     flops += {"dpo": 2 * n * sum(rows), "kto": 2 * n * (2 * sum(rows) + tokens)}.get(method, 0)
-    return _Work(len(updates), tokens, flops, max(sizes), max(rows), adapters)
+    whole = 0 if how.lora else 1
+    return _Work(len(updates), tokens, flops, max(sizes), max(rows), adapters, whole, 1 - whole)
 
 
 def _size(lines: Sequence[Sequence[int]], rows: Sequence[int]) -> int:
@@ -244,17 +270,21 @@ def _ppo(shape: Shape, how: Any, rows: Sequence[int]) -> _Work:
     ppo, n = how.ppo, shape.parameters
     replies = ppo.prompts * ppo.samples
     mean, longest = sum(rows) / len(rows) + ppo.limit, max(rows) + ppo.limit
-    trunks = 2 if ppo.critic == "adapter" else 1
+    whole, trunks = (how.lora is None) + (ppo.critic == "model"), 1 if ppo.critic == "shared" else 2
     tokens = int(how.updates * replies * mean)
     scored = 3 * sum(one.kind == "model" for one in how.rewards) + (3 if how.held_out else 0)
-    each = 2 * n * (trunks + 1 + scored) + 4 * n * trunks * ppo.epochs
+    each = 2 * n * (trunks + 1 + scored) + (4 * trunks + 2 * whole) * n * ppo.epochs
     local = how.engine == "local"  # a server's memory and time are its own
     prompts = 2 * n * how.updates * ppo.prompts * sum(rows) / len(rows) if local else 0
-    adapters = trunks * shape.adapter(how.lora.rank, how.lora.targets)
+    lora = how.lora or LoraShape()
+    adapters = (trunks - whole) * shape.adapter(lora.rank, lora.targets) if trunks > whole else 0
     at_once = min(replies, how.batch) if local else 0
     widest = max(longest, min(ppo.tokens, int(replies * mean)))
     drawn = 2 * n * how.updates * replies * ppo.limit if local else 0
-    return _Work(how.updates, tokens, each * tokens + prompts, widest, longest, adapters, trunks, drawn, at_once)
+    return _Work(
+        how.updates, tokens, each * tokens + prompts, widest, longest, adapters, whole, 1, trunks, drawn, at_once,
+        local and how.lora is not None,
+    )  # fmt: skip
 
 
 def _logits(shape: Shape, tokens: int, full: bool) -> float:
@@ -288,11 +318,12 @@ def told(one: Estimate, free: float | None = None) -> str:
         "activations": one.activations, "logits": one.logits, "cache": one.cache,
     }  # fmt: skip
     listed = ", ".join(f"{name} {_gigabytes(size)}" for name, size in parts.items() if size)
+    each = f" in each of {one.processes} processes" if one.processes > 1 else ""
     lines = [
         f"model        {one.parameters / 1e6:,.1f} million parameters; {one.trained / 1e6:,.1f} million are trained",
         f"updates      {one.updates:,} with {one.tokens:,} tokens in all",
         f"computation  {one.flops:.2g} FLOP, about {_lasting(one.seconds)} on this machine",
-        f"memory       {_gigabytes(one.memory)} GB: {listed}",
+        f"memory       {_gigabytes(one.memory)} GB{each}: {listed}",
     ]
     if one.memory > free:
         lines.append(

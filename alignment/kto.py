@@ -2,7 +2,7 @@
 
 What a reply gains over the reference is compared with what replies to other prompts gain: the KL of the policy, for
 which each reply of an update is read behind the prompt of another. The reference's chances are computed once, before
-the first update: the reference is the base without the adapter.
+the first update: the reference is the base without the adapter, or as it was before it was trained itself.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignment import dataset, losses, release, report
+from alignment import dataset, losses, material, release, report
 from alignment import recipe as recipes
-from alignment.loop import Adam, Optimiser, Parallel, Part, Run, Tell, fit
+from alignment.loop import Adam, Optimiser, Parallel, Part, Run, fit
 from alignment.lora import LoraShape
 from alignment.model import Model, Precision
-from alignment.records import Rating
+from alignment.progress import Tell, doing, through
+from alignment.records import SPLITS, Rating
 from alignment.tokens import Row, batch, plan, schedule
+from alignment.trackers import TrackerName
 
 ADAPTER = "kto"
 
@@ -43,13 +45,15 @@ class Recipe:
     rows: int = 16
     tokens: int = 4096
     max_length: int = 1024
-    lora: LoraShape = field(default_factory=LoraShape)
+    lora: LoraShape | None = field(default_factory=LoraShape)
     optimiser: Adam = field(default_factory=lambda: Adam(lr=5e-5))
     seed: int = 0
     device: str = ""
     precision: Precision = "float32"
+    shard: bool = False
     often: int = 50
     checkpoint: int = 50
+    trackers: tuple[TrackerName, ...] = ()
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
@@ -80,19 +84,22 @@ class Item:
 
 def train(how: Recipe, tell: Tell = print) -> Path:
     """The release that the recipe makes; its run's folder has metrics, checkpoints and a report."""
-    parallel = Parallel(how.device)
+    parallel = Parallel(how.device, how.shard, tell)
     torch.manual_seed(how.seed)
-    model = Model.load(how.model, str(parallel.device), how.precision)
-    sets = [dataset.read(path, Rating, tell) for path in how.data]
-    rows, held_out = (_rated(model, sets, split, how, tell) for split in ("train", "test"))
+    model = Model.load(how.model, str(parallel.device), how.precision, how.lora is not None, parallel.mesh)
+    learnt = material.Material.read(how.data, Rating, tell)
+    rows, held_out = _rated(model, learnt, how)
     if not rows:
         raise dataset.DatasetError(
             "there are no replies to train on: none is of the split `train`, or all are longer than max_length"
         )
     parts = schedule([len(one) for one in rows], how.rows, how.tokens, how.epochs, how.seed)
     updates = [[Item(k, [i for line in lines for i in line]) for lines in some] for k, some in enumerate(parts)]
-    run = Run.open(how.output, recipes.dump(how), len(updates), parallel, tell, how.checkpoint)
-    optimiser = Optimiser(model.adapt(ADAPTER, how.lora), how.optimiser, len(updates), parallel)
+    run = Run.open(how.output, recipes.dump(how), len(updates), parallel, tell, how.checkpoint, how.trackers)
+    if parallel.leads:
+        material.write(how.output, learnt, tell=tell)
+    parameters = model.adapt(ADAPTER, how.lora) if how.lora else list(model.base.parameters())
+    optimiser = Optimiser(parameters, how.optimiser, len(updates), parallel)
     weights = _weights(rows, how)
     tell(f"computing the reference's chances of {len(rows) + len(held_out)} replies")
     rows, held_out = (referred(model, some, how.tokens) for some in (rows, held_out))
@@ -109,30 +116,38 @@ def train(how: Recipe, tell: Tell = print) -> Path:
         return evaluate(model, held_out, how.beta, weights, how.tokens) if held_out else {}
 
     fit(run, optimiser, updates, forward, measure, how.often)
+    results, whole = measure(), model.gathered(parallel.leads)
+    run.end(results)
     if parallel.leads:
-        data = {str(one.path): one.fingerprint for one in sets}
         release.write(
-            model, ADAPTER, how.output / "release",
-            release.Provenance("kto", str(how.model), recipes.dump(how), data, measure()),
+            whole, _policy(model), how.output / "release",
+            release.Provenance("kto", str(how.model), recipes.dump(how), learnt.fingerprints, results),
         )  # fmt: skip
         report.write(how.output, "Learning from ratings")
     parallel.wait()
     return how.output / "release"
 
 
-def _rated(model: Model, sets: Sequence[dataset.Dataset[Rating]], split: str, how: Recipe, tell: Tell) -> list[Rated]:
-    ratings = [one for some in sets for one in some.records if one.split == split]
-    rows = [model.template.reply(one.prompt, one.completion) for one in ratings]
+def _rated(model: Model, learnt: material.Material[Rating], how: Recipe) -> tuple[list[Rated], list[Rated]]:
+    """The replies that are trained, and those that measure."""
+
+    def made(one: Rating) -> Row:
+        return replace(model.template.reply(one.prompt, one.completion, one.tools), weight=one.weight)
+
+    found = learnt.made(made)
+    train, test = (_beside(found[split]) for split in SPLITS)
+    kept = [learnt.fitting(some, how.max_length, "max_length", len) for some in (train, test)]
+    return [one.what for one in kept[0]], [one.what for one in kept[1]]
+
+
+def _beside(some: Sequence[material.Made[Rating, Row]]) -> list[material.Made[Rating, Rated]]:
+    """The replies, each with itself behind the prompt of another."""
+    rows = [one.what for one in some]
     rated = [
-        Rated(row, one.label, _behind(other, row)) for row, one, other in zip(rows, ratings, _others(rows), strict=True)
+        Rated(row, one.record.label, _behind(other, row))
+        for row, one, other in zip(rows, some, _others(rows), strict=True)
     ]
-    kept = [one for one in rated if len(one) <= how.max_length]
-    if len(kept) < len(rated):
-        tell(
-            f"{len(rated) - len(kept)} of {len(rated)} replies are longer than {how.max_length} tokens behind their "
-            "prompt or another and left out (max_length)"
-        )
-    return kept
+    return [material.Made(one.file, one.line, one.record, what) for one, what in zip(some, rated, strict=True)]
 
 
 def _others(rows: Sequence[Row]) -> list[Row]:
@@ -148,19 +163,25 @@ def _others(rows: Sequence[Row]) -> list[Row]:
 
 def _behind(other: Row, row: Row) -> Row:
     """The reply of a row behind the prompt of another."""
-    prompt, said = other.prompt, row.ids[len(row.prompt) :]
-    return Row(prompt + said, (False,) * len(prompt) + (True,) * len(said))
+    prompt, start = other.prompt, len(row.prompt)
+    return Row(prompt + row.ids[start:], (False,) * len(prompt) + row.trained[start:])
 
 
 def _weights(rows: Sequence[Rated], how: Recipe) -> tuple[float, float]:
     """The weights of good and of bad replies: where none is given, those that make both kinds weigh the same."""
-    good = sum(one.good for one in rows)
-    bad = len(rows) - good
-    even = (len(rows) / (2 * good), len(rows) / (2 * bad)) if good and bad else (1.0, 1.0)
+    both = sum(one.row.weight for one in rows)
+    good = sum(one.row.weight for one in rows if one.good)
+    bad = both - good
+    even = (both / (2 * good), both / (2 * bad)) if good and bad else (1.0, 1.0)
     return how.up if how.up is not None else even[0], how.down if how.down is not None else even[1]
 
 
-def sums(model: Model, rows: Sequence[Row], adapter: str | None = ADAPTER) -> Tensor:
+def _policy(model: Model) -> str | None:
+    """The adapter that is trained, None where the model's own weights are."""
+    return ADAPTER if model.adapters else None
+
+
+def sums(model: Model, rows: Sequence[Row], adapter: str | None) -> Tensor:
     """ln p of each reply, [rows]."""
     some = batch([[row] for row in rows]).to(model.device)
     return model.told(some, model.states(some, adapter)).logprobs.sum(-1)
@@ -178,6 +199,7 @@ def _whole(model: Model, rows: Sequence[Row], tokens: int, adapter: str | None) 
 
 def referred(model: Model, rated: Sequence[Rated], tokens: int) -> list[Rated]:
     """The replies with what the base says of them."""
+    doing("computing the reference's chances")
     said = _whole(model, [one.row for one in rated], tokens, None).tolist()
     others = _whole(model, [one.other for one in rated], tokens, None).tolist()
     return [replace(one, reference=pair) for one, pair in zip(rated, zip(said, others, strict=True), strict=True)]
@@ -186,19 +208,20 @@ def referred(model: Model, rated: Sequence[Rated], tokens: int) -> list[Rated]:
 def baseline(model: Model, rated: Sequence[Rated], tokens: int) -> Tensor:
     """The KL of the policy from the base: what replies gain behind other prompts on average, at least 0; a scalar."""
     base = torch.tensor([one.reference[1] for one in rated], device=model.device)
-    return (_whole(model, [one.other for one in rated], tokens, ADAPTER) - base).mean().clamp(min=0)
+    return (_whole(model, [one.other for one in rated], tokens, _policy(model)) - base).mean().clamp(min=0)
 
 
 def loss(model: Model, rated: Sequence[Rated], baseline: Tensor, beta: float, weights: tuple[float, float]) -> Part:
-    """The sum of the replies' losses, and what good and bad ones gain."""
+    """The sum of the replies' losses, and what good and bad ones gain; each counts its weight."""
     base = torch.tensor([one.reference[0] for one in rated], device=model.device)
-    gain = sums(model, [one.row for one in rated]) - base
+    gain = sums(model, [one.row for one in rated], _policy(model)) - base
     good = torch.tensor([one.good for one in rated], device=gain.device)
-    total = losses.kto_loss(gain, good, baseline, beta, *weights).sum()
+    weight = torch.tensor([one.row.weight for one in rated], device=gain.device)
+    total = (weight * losses.kto_loss(gain, good, baseline, beta, *weights)).sum()
     gained = gain.detach()
-    right = torch.where(good, gained > baseline, gained < baseline).sum()
-    told = {"accuracy": right, "baseline": baseline * len(rated), "gain": torch.where(good, gained, -gained).sum()}
-    return Part(total, float(len(rated)), {name: float(value) for name, value in told.items()})
+    right = torch.where(good, gained > baseline, gained < baseline)
+    told = {"accuracy": right, "baseline": baseline, "gain": torch.where(good, gained, -gained)}
+    return Part(total, float(weight.sum()), {name: float((weight * value).sum()) for name, value in told.items()})
 
 
 @torch.no_grad()
@@ -207,8 +230,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Loss, accuracy and gain on replies that are not trained."""
     kl, found = baseline(model, rated, tokens), dict[str, float]()
-    for lines in plan([len(one) for one in rated], tokens, 0):
+    for lines in through(plan([len(one) for one in rated], tokens, 0), "measuring"):
         part = loss(model, [rated[i] for line in lines for i in line], kl, beta, weights)
         for name, value in (("loss", float(part.loss)), *part.sums.items()):
             found[name] = found.get(name, 0.0) + value
-    return {f"test/{name}": value / len(rated) for name, value in found.items()}
+    return {f"test/{name}": value / (sum(one.row.weight for one in rated) or 1.0) for name, value in found.items()}

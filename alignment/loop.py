@@ -10,7 +10,6 @@ import json
 import math
 import os
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,9 +18,14 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from alignment import progress, shard, trackers
+from alignment.progress import Lines, Start, Tell, Watcher, doing, through
+from alignment.trackers import TrackerName, Trackers
 
 T = TypeVar("T")
-Tell = Callable[[str], object]
 METRICS, STATE, SAMPLES, RECIPE = "metrics.jsonl", "state.pt", "samples.jsonl", "recipe.toml"
 
 
@@ -43,8 +47,9 @@ class Parallel:
     with the weights of a run with one, to rounding.
     """
 
-    def __init__(self, device: str = ""):
-        """device: `cpu`, `cuda`, or empty for a GPU where there is one."""
+    def __init__(self, device: str = "", sharded: bool = False, tell: Tell = print):
+        """device: `cpu`, `cuda`, or empty for a GPU where there is one. sharded: each process keeps a part of the
+        model's weights only (`alignment.shard`); a single process has them all, and says so."""
         self._accelerator: Any = None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import Accelerator
@@ -55,6 +60,11 @@ class Parallel:
         self.size: int = accelerator.num_processes if accelerator else 1
         found = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = accelerator.device if accelerator else torch.device(device or found)
+        self.mesh: DeviceMesh | None = None
+        if sharded and accelerator:
+            self.mesh = init_device_mesh(self.device.type, (self.size,))
+        elif sharded:
+            tell("shard = true: there is one process, which holds all weights; start several with torchrun")
 
     @property
     def leads(self) -> bool:
@@ -64,6 +74,14 @@ class Parallel:
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """This process's part: every size-th one."""
         return items[self.rank :: self.size]
+
+    def passes(self, items: Sequence[T]) -> list[tuple[T, bool]]:
+        """This process's part, each with True. Where weights are sharded all processes must make as many passes: one
+        that has an item less gets one more, with False, that is not to count."""
+        mine = [(one, True) for one in self.share(items)]
+        if self.mesh is not None and len(mine) * self.size < len(items):
+            mine.append((items[0], False))
+        return mine
 
     def sum(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -82,13 +100,24 @@ class Parallel:
         return [part[i] for i in range(longest) for part in parts if i < len(part)]
 
     def add_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Adds up the gradients of all processes, in one message; a parameter that one has not used counts as 0."""
-        if self._accelerator is None:
+        """Adds up the gradients of all processes, in one message; a parameter that one has not used counts as 0.
+
+        Those of sharded parameters have been added up by their passes.
+        """
+        mine = [one for one in parameters if one.requires_grad and not isinstance(one, DTensor)]
+        if self._accelerator is None or not mine:
             return
-        mine = [one for one in parameters if one.requires_grad]
         flat = torch.cat([(one.grad if one.grad is not None else torch.zeros_like(one)).flatten() for one in mine])
         for one, part in zip(mine, self.sum(flat).split([one.numel() for one in mine]), strict=True):
             one.grad = part.view_as(one)
+
+    def norm(self, gradients: Sequence[Tensor]) -> float:
+        """Of all gradients as one vector, after they were added up; 0 of none."""
+        whole = [one for one in gradients if not isinstance(one, DTensor)]
+        found = torch.nn.utils.get_total_norm(whole) if whole else torch.zeros((), device=self.device)
+        if parts := shard.local([one for one in gradients if isinstance(one, DTensor)]):
+            found = (found**2 + self.sum(torch.nn.utils.get_total_norm(parts) ** 2)).sqrt()
+        return float(found)
 
     def wait(self) -> None:
         """Returns when all processes are here."""
@@ -136,7 +165,9 @@ class Optimiser:
         self.parameters, self._how, self._updates, self._parallel = list(parameters), how, updates, parallel
         for one in self.parameters:
             one.requires_grad_(True)
-        self._adam = torch.optim.AdamW(self.parameters, how.lr, how.betas, how.eps, how.decay)
+        mixed = len({isinstance(one, DTensor) for one in self.parameters}) > 1  # which cannot be changed in one go
+        foreach = False if mixed else None
+        self._adam = torch.optim.AdamW(self.parameters, how.lr, how.betas, how.eps, how.decay, foreach=foreach)
         self.done = 0
 
     @property
@@ -151,7 +182,7 @@ class Optimiser:
         """
         self._parallel.add_gradients(self.parameters)
         grads = [one.grad for one in self.parameters if one.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads)) if grads else 0.0
+        norm = self._parallel.norm(grads)
         if not math.isfinite(norm):
             raise Diverged(
                 f"update {self.done}: the gradient is not a number. Lower optimiser.lr, or look at the rows of this "
@@ -160,7 +191,7 @@ class Optimiser:
         for group in self._adam.param_groups:
             group["lr"] = self.lr
         if self._how.clip and norm > self._how.clip:
-            torch._foreach_mul_(grads, self._how.clip / norm)
+            torch._foreach_mul_(shard.local(grads), self._how.clip / norm)
         self._adam.step()
         self.forget()
         self.done += count
@@ -171,22 +202,32 @@ class Optimiser:
         self._adam.zero_grad(set_to_none=True)
 
     def state(self) -> dict[str, Any]:
-        """What `restore` takes."""
-        return {"adam": self._adam.state_dict(), "done": self.done, "weights": [p.detach() for p in self.parameters]}
+        """What `restore` takes, in however many processes; the leading one has all of what is sharded, others none."""
+        leads, adam = self._parallel.leads, self._adam.state_dict()
+        adam["state"] = {
+            number: {name: shard.gathered(one, leads) for name, one in kept.items()}
+            for number, kept in adam["state"].items()
+        }
+        weights = [shard.gathered(one.detach(), leads) for one in self.parameters]
+        return {"adam": adam, "done": self.done, "weights": weights}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes weights and moments back to the bit."""
         with torch.no_grad():
             for mine, kept in zip(self.parameters, state["weights"], strict=True):
-                mine.copy_(kept)
-        self._adam.load_state_dict(state["adam"])
+                mine.copy_(shard.like(kept, mine))
+        moments = {
+            number: {name: shard.like(one, self.parameters[number]) for name, one in kept.items()}
+            for number, kept in state["adam"]["state"].items()
+        }
+        self._adam.load_state_dict({**state["adam"], "state": moments})
         self.done = state["done"]
 
 
 def scaled(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Multiplies the gradients: sums of losses become means once it is known of how many."""
     if grads := [one.grad for one in parameters if one.grad is not None]:  # none where a process had no part to do
-        torch._foreach_mul_(grads, factor)
+        torch._foreach_mul_(shard.local(grads), factor)
 
 
 # --- the folder
@@ -194,62 +235,70 @@ def scaled(parameters: Iterable[nn.Parameter], factor: float) -> None:
 
 @dataclass(slots=True)
 class Run:
-    """The folder of a run, its metrics and its checkpoints. every: updates between two checkpoints."""
+    """The folder of a run, its metrics and its checkpoints. every: updates between two checkpoints.
+
+    watchers: who is told of it; none but in the leading process.
+    """
 
     folder: Path
     updates: int
     parallel: Parallel
     tell: Tell = print
     every: int = 50
+    watchers: Sequence[Watcher] = ()
     step: int = 0
-    _began: float = field(default_factory=time.monotonic)
-    _first: int = 0
 
     @classmethod
     def open(
-        cls, folder: Path, recipe: str, updates: int, parallel: Parallel, tell: Tell = print, every: int = 50
-    ) -> Run:
-        """A new run, or the one that lies in the folder; raises RunError when that one was made by another recipe."""
+        cls, folder: Path, recipe: str, updates: int, parallel: Parallel, tell: Tell = print, every: int = 50,
+        tracked: Sequence[TrackerName] = (),
+    ) -> Run:  # fmt: skip
+        """A new run, or the one that lies in the folder; raises RunError when that one was made by another recipe.
+
+        tracked: the trackers that are told of it. Raises TrackerError where one of them cannot be used.
+        """
+        trackers.check(tracked)
         folder.mkdir(parents=True, exist_ok=True)
         kept = folder / RECIPE
         if kept.is_file() and (folder / STATE).is_file() and kept.read_text() != recipe:
             raise RunError(f"{folder} holds a run of another recipe ({kept}); give this one a folder of its own")
+        watchers: list[Watcher] = []
         if parallel.leads:
             kept.write_text(recipe)
+            watchers = [*([Trackers(tracked, tell)] if tracked else []), progress.watcher() or Lines(tell)]
         parallel.wait()
-        return cls(folder, updates, parallel, tell, every)
+        return cls(folder, updates, parallel, tell, every, watchers)
 
     def resume(self) -> Mapping[str, Any]:
         """What the last checkpoint kept, its random state restored; empty where there is none.
 
         Metrics that came after it are cut off: they will come again, the same.
         """
-        path = self.folder / STATE
-        if not path.is_file():
-            if self.parallel.leads:
-                for name in (METRICS, SAMPLES):
-                    (self.folder / name).unlink(missing_ok=True)
-            return {}
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        self.step = self._first = state["step"]
-        torch.set_rng_state(state["torch"])
-        version, internal, gauss = state["python"]
-        random.setstate((version, tuple(internal), gauss))
-        if torch.cuda.is_available() and state["cuda"]:
-            torch.cuda.set_rng_state_all(state["cuda"])
-        if self.parallel.leads:
-            self._cut()
+        path, kept = self.folder / STATE, dict[str, Any]()
+        if path.is_file():
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # once a machine
+            self.step, kept = state["step"], state["kept"]
+            _restore_random(state)
+        told = self._cut() if self.parallel.leads else 0
         self.parallel.wait()
-        self.tell(f"going on from update {self.step} of {self.updates} ({path})")
-        kept: Mapping[str, Any] = state["kept"]
+        if self.step:
+            self.tell(f"going on from update {self.step} of {self.updates} ({path})")
+        start = Start(self.folder, (self.folder / RECIPE).read_text(), self.updates, self.step, told)
+        for watcher in self.watchers:
+            watcher.began(start)
         return kept
 
-    def _cut(self) -> None:
+    def _cut(self) -> int:
+        """Cuts off what came after the last checkpoint; returns the last update that was recorded."""
+        told = 0
         for name in (METRICS, SAMPLES):
             path = self.folder / name
             lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= self.step]
-            _replace(path, "".join(kept).encode())
+            steps = {line: json.loads(line)["step"] for line in lines if line.endswith("\n")}
+            told = max([told, *steps.values()])
+            if lines:
+                _replace(path, "".join(line for line in lines if steps.get(line, math.inf) <= self.step).encode())
+        return told
 
     def save(self, kept: Mapping[str, Any]) -> None:
         """Writes a checkpoint in the place of the last: whole, or not at all."""
@@ -273,35 +322,35 @@ class Run:
             line = {"step": self.step, "time": round(time.time(), 3)} | {k: _number(v) for k, v in metrics.items()}
             with (self.folder / METRICS).open("a") as file:
                 file.write(json.dumps(line) + "\n")
-            self.tell(self._line(metrics))
+        for watcher in self.watchers:
+            watcher.updated(self.step, metrics)
         if self.step % self.every == 0 or self.step == self.updates:
             self.save(kept())
 
-    def samples(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def samples(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """Adds rows to the samples of the report; each gets the step of the update that is under way."""
+        for watcher in self.watchers:
+            watcher.sampled(self.step + 1, rows)
         if self.parallel.leads:
             with (self.folder / SAMPLES).open("a") as file:
                 file.writelines(json.dumps({"step": self.step + 1, **row}) + "\n" for row in rows)
 
-    def _line(self, metrics: Mapping[str, float]) -> str:
-        done = self.step - self._first
-        left = (time.monotonic() - self._began) / done * (self.updates - self.step)
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:6])
-        return f"update {self.step}/{self.updates}  {shown}  {_clock(left)} left"
-
-    @property
-    def room(self) -> int:
-        """Bytes that are free where the folder is."""
-        return shutil.disk_usage(self.folder).free
+    def end(self, results: Mapping[str, Any]) -> None:
+        """Tells what was measured after the last update; who watches is told nothing more."""
+        for watcher in self.watchers:
+            watcher.ended(results)
 
 
 def _number(value: float) -> float | None:
     return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+def _restore_random(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if torch.cuda.is_available() and state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -347,21 +396,25 @@ def fit(
     while run.step < len(updates):
         began, found = time.perf_counter(), dict[str, float]()
         if evaluate and (run.step == 0 or (often and run.step % often == 0)):
+            doing("measuring")
             found |= evaluate()
         sums = {"loss": 0.0, "count": 0.0}
-        for item in run.parallel.share(updates[run.step]):
+        for item, counts in through(run.parallel.passes(updates[run.step]), "learning"):
             part = forward(item)
-            part.loss.backward()
+            (part.loss * counts).backward()
+            if not counts:
+                continue
             for name, value in (("loss", float(part.loss.detach())), ("count", part.count), *part.sums.items()):
                 sums[name] = sums.get(name, 0.0) + value
         sums = _summed(sums, run.parallel)
         count = sums.pop("count")
         _check_finite(sums["loss"], run.step)
-        scaled(optimiser.parameters, 1 / max(count, 1))
+        scaled(optimiser.parameters, 1 / (count or 1))
         lr, norm = optimiser.lr, optimiser.step()
-        found |= {name: value / max(count, 1) for name, value in sums.items()}
+        found |= {name: value / (count or 1) for name, value in sums.items()}
         found |= {"grad": norm, "lr": lr, "count": count, "per_second": count / (time.perf_counter() - began)}
         if evaluate and run.step + 1 == len(updates):
+            doing("measuring")
             found |= evaluate()
         run.record(found, optimiser.state)
 
@@ -369,7 +422,7 @@ def fit(
 def _summed(sums: dict[str, float], parallel: Parallel) -> dict[str, float]:
     if parallel.size == 1:
         return sums
-    names = sorted({name for part in parallel.gathered([sorted(sums)]) for name in part})
+    names = list(dict.fromkeys(name for part in parallel.gathered([list(sums)]) for name in part))
     total = parallel.sum(torch.tensor([sums.get(name, 0.0) for name in names], dtype=torch.float64))
     return dict(zip(names, total.tolist(), strict=True))
 

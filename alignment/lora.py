@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from alignment import shard
+
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -155,6 +157,15 @@ class Adapters:
             with torch.no_grad():
                 for layer, weight in kept.items():
                     layer.base.weight.copy_(weight)
+
+    def absorb(self, name: str) -> None:
+        """Makes an adapter a part of the weights for good, and takes all adapters away."""
+        with torch.no_grad():
+            for layer in self.layers.values():
+                if name in layer.scales:
+                    layer.base.weight += shard.like(layer.delta(name).to(layer.base.weight.dtype), layer.base.weight)
+        for parent, path, layer in self._places:
+            setattr(parent, path, layer.base)
 
     @contextmanager
     def unwrapped(self) -> Iterator[None]:

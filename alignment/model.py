@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import transformers
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from alignment import shard
 from alignment.lora import Adapters, LoraShape
 from alignment.losses import logprobs_of
 from alignment.tokens import Batch, Template
 
 transformers.logging.disable_progress_bar()  # a run tells itself how far it is
 
+T = TypeVar("T")
 Precision = Literal["float32", "bfloat16", "nf4"]
 """What a model computes in. `bfloat16`: half the memory and, on hardware that has it, two to five times the speed; what
 is trained is float32 all the same. `nf4`: a frozen base besides in 4 bits a weight (QLoRA, arXiv:2305.14314)."""
@@ -48,8 +51,16 @@ class Model:
     Dropout is off for good: a policy that differs each time it is asked has no ratio to what it was.
     """
 
-    def __init__(self, base: Any, tokenizer: Any, name: str = "", dtype: torch.dtype | None = None):
-        """dtype: what it computes in, None for that of its weights.
+    def __init__(
+        self,
+        base: Any,
+        tokenizer: Any,
+        name: str = "",
+        dtype: torch.dtype | None = None,
+        mesh: DeviceMesh | None = None,
+    ):
+        """dtype: what it computes in, None for that of its weights. mesh: the processes that its weights are shared
+        out over, None where each has all.
 
         Raises ModelError for a model whose log-probabilities would be computed wrongly.
         """
@@ -58,10 +69,11 @@ class Model:
             raise ModelError(
                 f"{name or type(base).__name__}: its logits are changed by {', '.join(bent)}; not supported"
             )
-        self.base, self.name, self.dtype = base.eval(), name, dtype or base.dtype
+        self.base, self.name, self.dtype, self.mesh = base.eval(), name, dtype or base.dtype, mesh
         self.template = Template(tokenizer, end=_ends(base, tokenizer))
         self.adapters: Adapters | None = None
         self.heads = nn.ModuleDict()
+        self._tied = base.get_output_embeddings().weight is base.get_input_embeddings().weight
         for module in base.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
@@ -72,12 +84,17 @@ class Model:
 
     @classmethod
     def load(
-        cls, folder: Path | str, device: str = "cpu", precision: Precision = "float32", frozen: bool = True
+        cls,
+        folder: Path | str,
+        device: str = "cpu",
+        precision: Precision = "float32",
+        frozen: bool = True,
+        mesh: DeviceMesh | None = None,
     ) -> Model:
         """The model in a checkpoint folder, with its tokenizer.
 
-        frozen: its own weights are not trained, and so need not be float32. Raises ModelError, OSError when there is
-        none.
+        frozen: its own weights are not trained, and so need not be float32. mesh: processes that share its weights out,
+        each on its device of the mesh. Raises ModelError, OSError when there is none.
         """
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         dtype = torch.float32 if precision == "float32" else torch.bfloat16
@@ -85,9 +102,17 @@ class Model:
         if precision == "nf4":
             if not frozen:
                 raise ModelError('precision = "nf4" trains adapters on a frozen base: give the recipe a table [lora]')
+            if mesh is not None:
+                raise ModelError('shard = true: a base in nf4 cannot be shared out; take precision = "bfloat16"')
             how |= {"quantization_config": _nf4(), "device_map": {"": device}}
-        base = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, attn_implementation="sdpa", **how)
-        return cls(base if precision == "nf4" else base.to(device), tokenizer, str(folder), dtype)
+        how |= {"local_files_only": True, "attn_implementation": "sdpa"}
+        with shard.in_turn(mesh):
+            base = AutoModelForCausalLM.from_pretrained(folder, **how)
+            if mesh is not None:
+                shard.split(base, mesh, dtype)
+            elif precision != "nf4":
+                base.to(device)
+        return cls(base, tokenizer, str(folder), dtype, mesh)
 
     @property
     def device(self) -> torch.device:
@@ -101,8 +126,9 @@ class Model:
 
     @property
     def unembedding(self) -> Tensor:
-        """The head's weight, [V, D], in what the model computes in."""
-        return cast(Tensor, self.base.get_output_embeddings().weight.to(self.dtype))
+        """The head's weight, [V, D], in what the model computes in; of a sharded model each time gathered anew."""
+        weight = (self.base.get_input_embeddings() if self._tied else self.base.get_output_embeddings()).weight
+        return shard.full(weight).to(self.dtype)
 
     @property
     def quantised(self) -> bool:
@@ -110,8 +136,9 @@ class Model:
         return any(map(_is_quantised, self.base.modules()))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The base's parameters by name, in order, without adapters; of a quantised base those in its checkpoint."""
-        if not self.quantised:
+        """The base's parameters by name, in order, without adapters; of a quantised or sharded base those in its
+        checkpoint, which are not trained."""
+        if not self.quantised and self.mesh is None:
             with self.adapters.unwrapped() if self.adapters else self.on(None):
                 yield from sorted((name, one.detach()) for name, one in self.base.named_parameters())
             return
@@ -126,9 +153,18 @@ class Model:
             self.adapters = Adapters(self.base)
         return self.adapters.add(name, shape)
 
-    def head(self, name: str, outputs: int = 1) -> list[nn.Parameter]:
-        """The parameters of a new scalar head, N(0, 1 / sqrt(D + 1)) as in "The N+ Implementation Details", bias 0."""
-        width = self.unembedding.shape[1]
+    def absorb(self, name: str) -> None:
+        """Makes an adapter a part of the model's own weights for good, and takes all adapters away."""
+        if self.adapters is not None:
+            self.adapters.absorb(name)
+            self.adapters = None
+
+    def head(self, name: str, outputs: int = 1, times: int = 1) -> list[nn.Parameter]:
+        """The parameters of a new scalar head, N(0, 1 / sqrt(D + 1)) as in "The N+ Implementation Details", bias 0.
+
+        times: the states that it reads beside each other.
+        """
+        width = self.base.get_output_embeddings().weight.shape[1] * times
         made = nn.Linear(width, outputs, device=self.device)
         nn.init.normal_(made.weight, std=(width + 1) ** -0.5)
         nn.init.zeros_(made.bias)
@@ -145,6 +181,31 @@ class Model:
         else:
             with self.adapters.on(adapter):
                 yield
+
+    def whole(self) -> AbstractContextManager[None]:
+        """Within it each process has all weights, for passes that others do not make too, without a gradient."""
+        return nullcontext() if self.mesh is None else shard.whole(self.base)
+
+    def even(self, items: Sequence[T]) -> Iterator[tuple[T, bool]]:
+        """The items, with True; of a sharded model, whose passes all processes make together, then the first ones again
+        with False, until the others have had theirs."""
+        return shard.even(items, self.mesh)
+
+    def gathered(self, keep: bool) -> Model:
+        """This model, or of a sharded one that is trained whole a copy in main memory, where it is to be kept.
+
+        All processes call it; with adapters the base has not changed, so that nothing need be gathered.
+        """
+        if self.mesh is None or self.adapters is not None:
+            return self
+        weights = {name: shard.gathered(one, keep) for name, one in self.base.named_parameters()}
+        if not keep:
+            return self
+        made = Model.load(self.name, frozen=False)
+        with torch.no_grad():
+            for name, one in made.base.named_parameters():
+                one.copy_(weights[name])
+        return made
 
     def states(self, batch: Batch, adapter: str | None = None) -> Tensor:
         """The last hidden states, [B, T, D]."""

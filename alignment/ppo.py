@@ -16,28 +16,28 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignment import dataset, losses, release, report
+from alignment import dataset, losses, material, release, report
 from alignment import recipe as recipes
 from alignment.judging import Judge, samples
-from alignment.loop import Adam, Optimiser, Parallel, Run, Tell
+from alignment.loop import Adam, Optimiser, Parallel, Run
 from alignment.lora import LoraShape
 from alignment.model import Model, Precision
 from alignment.monitor import Bounds
-from alignment.records import Demonstration
-from alignment.reward import RewardModel
+from alignment.progress import Tell, doing
+from alignment.records import SPLITS, Demonstration
 from alignment.rewards import Lagrange, Source
+from alignment.roles import POLICY, SHAPE, VALUE, Apart, CriticKind, Roles
 from alignment.rollout import Engine, Local, Reply
 from alignment.server import Server
 from alignment.tokens import Batch, Row, batch, plan
+from alignment.trackers import TrackerName
 from guardrails.types import Message
 
-POLICY, CRITIC, VALUE = "policy", "critic", "value"
-SHAPE = LoraShape()
 Score = Callable[[Sequence[Reply]], Tensor]
 """Rewards of replies, [N]."""
 
@@ -59,10 +59,11 @@ class Settings:
     prompts, samples: how many replies are drawn. limit: tokens of a reply. epochs, minibatches: how often the replies
     are gone through, in how many steps each time. stop: nats a token from the old policy at which the update ends.
     clip, value_clip: see `losses`. discount, decay: gamma and lambda. missing_end: taken from the score of a reply that
-    was cut off. bootstrap: count what the critic expects after the cut, for a cut is not an end. detach: the critic's
-    gradient does not reach the shared trunk. cap: of importance weights, None where the engine's chances are taken for
-    the trainer's. warmup: updates in which the critic alone learns. replay: weight of the demonstrations' loss.
-    tokens: in one forward pass.
+    was cut off. bootstrap: count what the critic expects after the cut, for a cut is not an end. critic: a head on an
+    adapter of its own, on the states of the policy (`shared`), or on a model of its own, all of whose weights are
+    trained (`model`). detach: a shared critic's gradient does not reach the policy. cap: of importance weights, None
+    where the engine's chances are taken for the trainer's. warmup: updates in which the critic alone learns. replay:
+    weight of the demonstrations' loss. tokens: in one forward pass.
     """
 
     prompts: int = 16
@@ -81,7 +82,7 @@ class Settings:
     bootstrap: bool = False
     whiten: bool = True
     whiten_rewards: bool = False
-    critic: Literal["adapter", "shared"] = "adapter"
+    critic: CriticKind = "adapter"
     detach: bool = False
     value_weight: float = 0.1
     cap: float | None = None
@@ -126,36 +127,22 @@ class Experience:
 class Ppo:
     """The policy, its reference, its critic, and what changes them; `update` is one round.
 
-    All of them are one base: the reference is the base itself, the policy an adapter on it, the critic a head on
-    another adapter or on the policy's states.
+    With adapters all of them are one base: the reference is the base itself, the policy an adapter on it, the critic a
+    head on another adapter or on the policy's states. `apart` has the models beside it where all weights are trained.
     """
 
     def __init__(
         self, model: Model, settings: Settings, engine: Engine, score: Score, how: Adam, updates: int,
-        parallel: Parallel, shape: LoraShape = SHAPE, critic_lr: float | None = None, critic_from: Path | None = None,
+        parallel: Parallel, shape: LoraShape | None = SHAPE, critic_lr: float | None = None,
+        critic_from: Path | None = None, apart: Apart | None = None,
     ):  # fmt: skip
-        """critic_from: a reward model on the same base, as whose first member the critic begins."""
+        """shape: of the policy's adapter, None to train all its weights. critic_from: see `Roles.of`."""
         self.model, self.settings, self.engine, self.score, self.parallel = model, settings, engine, score, parallel
-        policy = model.adapt(POLICY, shape)
-        critic = model.adapt(CRITIC, shape) if settings.critic == "adapter" else []
-        model.head(VALUE)
-        torch.nn.init.zeros_(model.heads[VALUE].weight)  # type: ignore[arg-type]
-        if critic_from:
-            self._begin_critic(critic_from)
-        critic = [*critic, *model.heads[VALUE].parameters()]
+        self.roles = Roles.of(model, shape, settings.critic, apart, critic_from)
+        policy, critic = self.roles.trained
         self.policy = Optimiser(policy, how, updates, parallel)
         self.critic = Optimiser(critic, replace(how, lr=critic_lr or how.lr), updates, parallel)
         self.kl, self.updates = settings.kl.coefficient, 0
-
-    def _begin_critic(self, folder: Path) -> None:
-        """Gives the critic what a reward model knows: of a whole reply it says then what the reward will be."""
-        judge = RewardModel.load(self.model, folder, "critic-from")
-        if self.settings.critic == "adapter":
-            judge.adapters.copy(judge.members[0], CRITIC)
-        with torch.no_grad():
-            value, theirs = self.model.heads[VALUE], self.model.heads[judge.members[0]]
-            value.weight.copy_(theirs.weight[:1])  # type: ignore[operator, index]
-            value.bias.copy_(theirs.bias[:1])  # type: ignore[operator, index]
 
     # --- one update, top to bottom
 
@@ -164,8 +151,11 @@ class Ppo:
     ) -> dict[str, float]:
         """Its metrics. prompts: this process's part of them. demonstrations: rows to replay."""
         began, how = time.perf_counter(), self.settings
-        replies = self.engine.draw(prompts, how.samples, how.limit, how.temperature, seed)
+        own = seed + (self.parallel.rank << 40)  # no two processes draw by the same numbers
+        doing("drawing replies")
+        replies = self.engine.draw(prompts, how.samples, how.limit, how.temperature, own)
         drawn = time.perf_counter() - began
+        doing("judging replies")
         experience = self.experience(replies, seed)
         metrics = self._measured(experience) | self.rewarded(experience)
         metrics |= self.learn(experience, seed, demonstrations)
@@ -185,11 +175,12 @@ class Ppo:
         old, reference, values, entropy = (torch.zeros(shape, device=device) for _ in range(4))
         scores = self.score(replies).to(device)
         made = Experience(list(replies), parts, acts, old, reference, values, scores, entropy)
-        for numbers in parts:
+        for numbers, _ in self.model.even(parts):
             some, _ = made.part(numbers)
             width = some.ids.shape[1]
             told, value = self._said(some)
-            base = self.model.told(some, self.model.states(some), how.temperature)
+            still = self.roles.reference
+            base = still.model.told(some, still.states(some), how.temperature)
             for whole, part in (
                 (acts, some.trained), (old, told.logprobs), (entropy, told.entropy),
                 (reference, base.logprobs), (values, value),
@@ -204,14 +195,14 @@ class Ppo:
 
     def _said(self, some: Batch) -> tuple[Any, Tensor]:
         """What the policy says of the actions, and the value of the state before each, [B, T]."""
-        how = self.settings
-        states = self.model.states(some, POLICY)
-        told = self.model.told(some, states, how.temperature)
-        if how.critic == "adapter":
-            states = self.model.states(some, CRITIC)
-        elif how.detach:
+        roles = self.roles
+        states = roles.policy.states(some)
+        told = self.model.told(some, states, self.settings.temperature)
+        if not roles.shared:
+            states = roles.critic.states(some)
+        elif self.settings.detach:
             states = states.detach()
-        values = self.model.values(states, VALUE)
+        values = roles.critic.model.values(states, VALUE)
         return told, torch.where(some.trained, values.gather(1, some.before), 0)
 
     @torch.no_grad()
@@ -236,11 +227,11 @@ class Ppo:
     def _after(self, made: Experience) -> Tensor:
         """What the critic expects after the last token of each reply, [N]."""
         found = torch.zeros(len(made.replies), device=made.acts.device)
-        for numbers in made.parts:
+        for numbers, _ in self.model.even(made.parts):
             some, _ = made.part(numbers)
-            states = self.model.states(some, CRITIC if self.settings.critic == "adapter" else POLICY)
+            critic = self.roles.critic
             line, column = some.last().unbind(-1)
-            found[numbers] = self.model.values(states, VALUE)[line, column]
+            found[numbers] = critic.model.values(critic.states(some), VALUE)[line, column]
         return found
 
     def learn(self, made: Experience, seed: int, demonstrations: Sequence[Row] = ()) -> dict[str, float]:
@@ -249,6 +240,7 @@ class Ppo:
         each = min(self.parallel.gathered([min(how.minibatches, len(made.parts))]))  # the same in all processes
         for epoch in range(how.epochs):
             for minibatch in _shuffled(made.parts, each, f"{seed}:{epoch}"):
+                doing("learning", steps, how.epochs * each)
                 found = self._gradients(made, minibatch)
                 if how.stop is not None and found["ppo/kl"] > how.stop:
                     self.policy.forget()
@@ -271,14 +263,16 @@ class Ppo:
         mine = [made.acts[list(part)].sum() for part in minibatch]
         count = self.parallel.sum(torch.stack(mine).sum())
         sums, farthest = torch.zeros(5, device=made.acts.device, dtype=torch.float64), 0.0
-        for numbers in minibatch:
+        for numbers, counts in self.model.even(minibatch):
             some, cut = made.part(numbers)
             told, values = self._said(some)
             acts, old = cut(made.acts), cut(made.old)
             weights = cut(made.weights) if made.weights is not None else None
             policy = losses.policy_loss(told.logprobs, old, cut(made.advantages), acts, how.clip, weights)
             value = losses.value_loss(values, cut(made.values), cut(made.returns), acts, how.value_clip)
-            ((policy + how.value_weight * value) / count).backward()
+            ((policy + how.value_weight * value) * counts / count).backward()
+            if not counts:
+                continue
             with torch.no_grad():
                 ratio = torch.exp(torch.where(acts, told.logprobs - old, 0))
                 kl = torch.where(acts, ratio - 1 - (told.logprobs - old), 0).sum()
@@ -296,11 +290,11 @@ class Ppo:
         trained = sum([sum(row.trained) for row in rows])
         count = float(self.parallel.sum(torch.tensor(float(trained))))
         total = 0.0
-        for lines in plan([len(row) for row in rows], self.settings.tokens, 0):
+        for lines, counts in self.model.even(plan([len(row) for row in rows], self.settings.tokens, 0)):
             some = batch([[rows[i] for i in line] for line in lines]).to(self.model.device)
-            loss = -self.model.told(some, self.model.states(some, POLICY)).logprobs.sum()
-            (self.settings.replay * loss / count).backward()
-            total += float(loss.detach())
+            loss = -self.model.told(some, self.roles.policy.states(some)).logprobs.sum()
+            (self.settings.replay * loss * counts / count).backward()
+            total += counts * float(loss.detach())
         return float(self.parallel.sum(torch.tensor(total))) / count
 
     def _moments(self, values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -369,10 +363,11 @@ class Recipe:
     model: that model's folder, also the reference. prompts: files of any records; those of the split `test` measure.
     rewards: at least one; those with a limit are constraints. critic: a reward model's folder, whose first member the
     critic begins as. held_out: a reward model that is not trained on, whose score tells of reward hacking.
-    demonstrations: rows to replay with the weight `ppo.replay`. max_prompt: tokens; longer ones are left out. engine:
-    `local`, or the address, with `/v1`, of a vLLM server that takes adapters (`alignment.server`); set `ppo.cap` then.
-    batch: replies that the local one draws at once. often: updates between two measurements and samples, for which
-    `shown` prompts are asked.
+    demonstrations: rows to replay with the weight `ppo.replay`. max_prompt: tokens; longer ones are left out. lora:
+    None trains all weights of the policy; the reference, with reward models on it, is a model of its own then. engine:
+    `local`, or the address, with `/v1`, of a vLLM server that takes what is trained (`alignment.server`); set `ppo.cap`
+    then. batch: replies that the local one draws at once. often: updates between two measurements and samples, for
+    which `shown` prompts are asked.
     """
 
     model: Path
@@ -385,7 +380,7 @@ class Recipe:
     held_out: Path | None = None
     demonstrations: tuple[Path, ...] = ()
     max_prompt: int = 512
-    lora: LoraShape = field(default_factory=LoraShape)
+    lora: LoraShape | None = field(default_factory=LoraShape)
     optimiser: Adam = field(default_factory=lambda: Adam(lr=2e-5, eps=1e-5, schedule="constant"))
     critic_lr: float | None = 1e-4
     lagrange: Lagrange = field(default_factory=Lagrange)
@@ -395,9 +390,11 @@ class Recipe:
     seed: int = 0
     device: str = ""
     precision: Precision = "float32"
+    shard: bool = False
     often: int = 25
     shown: int = 16
     checkpoint: int = 10
+    trackers: tuple[TrackerName, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.rewards or all(one.limit is not None for one in self.rewards):
@@ -412,26 +409,34 @@ def train(how: Recipe, tell: Tell = print) -> Path:
 
     Raises Diverged, Hacked, RewardError; the run goes on from its last checkpoint when it is started again.
     """
-    parallel = Parallel(how.device)
+    parallel = Parallel(how.device, how.shard, tell)
     torch.manual_seed(how.seed)
-    model = Model.load(how.model, str(parallel.device), how.precision)
-    files = [dataset.read(path, tell=tell) for path in how.prompts]
-    train, test = (_prompts(model, files, split, how.max_prompt, tell) for split in ("train", "test"))
-    judge = Judge(model, how.rewards, train | test, how.lagrange, how.bounds, how.held_out)
-    demonstrations = [dataset.read(path, Demonstration, tell) for path in how.demonstrations]
-    replayed = [model.template.conversation(one.messages) for some in demonstrations for one in some.records]
-    local, first = Local(model, POLICY, how.batch), Local(model, None, how.batch)
+    model, apart = _models(how, parallel)
+    frozen = apart.frozen if apart else model
+    asked = material.Material[Any].read(how.prompts, tell=tell)
+    train, test = _prompts(model, asked, how.max_prompt)
+    judge = Judge(frozen, how.rewards, train | test, how.lagrange, how.bounds, how.held_out)
+    shown_again = material.Material.read(how.demonstrations, Demonstration, tell)
+    rows = shown_again.made(lambda one: model.template.conversation(one.messages, one.turns, one.tools, one.after))
+    replayed = [one.what for one in rows["train"]]
+    adapter = POLICY if how.lora else None
+    local, first = Local(model, adapter, how.batch), Local(frozen, None, how.batch)
     far = how.engine != "local"
-    engine: Engine = Server(how.engine, model, POLICY, how.output / "adapters") if far else local
+    engine: Engine = Server(how.engine, model, adapter, how.output / "pushed", parallel) if far else local
     made = Ppo(
-        model, how.ppo, engine, judge.score, how.optimiser, how.updates, parallel, how.lora, how.critic_lr, how.critic
+        model, how.ppo, engine, judge.score, how.optimiser, how.updates, parallel, how.lora, how.critic_lr, how.critic,
+        apart,
     )  # fmt: skip
-    run = Run.open(how.output, recipes.dump(how), how.updates, parallel, tell, how.checkpoint)
+    _check_enough(parallel, how.ppo.prompts, replayed)
+    run = Run.open(how.output, recipes.dump(how), how.updates, parallel, tell, how.checkpoint, how.trackers)
+    if parallel.leads:
+        material.write(how.output, asked, shown_again, tell=tell)
     if state := run.resume():
         made.restore(state["ppo"])
         judge.restore(state["judge"])
     order, shown = _order(list(train), how), list(test)[: how.shown]
     drawn = how.ppo.limit, how.ppo.temperature
+    doing("drawing the first samples")
     before = judge.replied(first, shown, *drawn)
     while run.step < how.updates:
         seed = how.seed * 1_000_003 + run.step
@@ -439,31 +444,58 @@ def train(how: Recipe, tell: Tell = print) -> Path:
         found = made.update(parallel.share(order[run.step]), seed, parallel.share(again))
         found |= judge.settled(found, parallel)
         if shown and ((run.step + 1) % how.often == 0 or run.step + 1 == how.updates):
+            doing("drawing samples")
             after = judge.replied(local, shown, *drawn)
             found["test/score"] = sum(score for _, score in after) / len(after)
             run.samples(samples(before, after))
         run.record(found, lambda: {"ppo": made.state(), "judge": judge.state()})
+    doing("comparing replies before and after")
     results = judge.compared(local, first, list(test), *drawn)
+    run.end(results)
+    whole = model.gathered(parallel.leads)
     if parallel.leads:
         (how.output / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")
-        data = {str(one.path): one.fingerprint for one in (*files, *demonstrations)}
+        data = asked.fingerprints | shown_again.fingerprints
         card = release.Provenance("ppo", str(how.model), recipes.dump(how), data, results)
-        release.write(model, POLICY, how.output / "release", card)
+        release.write(whole, adapter, how.output / "release", card)
         report.write(how.output, "Proximal policy optimisation")
     parallel.wait()
     return how.output / "release"
 
 
-def _prompts(
-    model: Model, files: Sequence[dataset.Dataset[Any]], split: str, longest: int, tell: Tell
-) -> dict[tuple[int, ...], tuple[Message, ...]]:
-    """The messages behind the tokens of each prompt, each prompt once."""
-    asked = [dataset.prompt_of(one) for some in files for one in some.records if one.split == split]
-    found = {model.template.prompt(messages): messages for messages in asked}
-    kept = {ids: messages for ids, messages in found.items() if len(ids) <= longest}
-    if len(kept) < len(found):
-        tell(f"{len(found) - len(kept)} of {len(found)} prompts are longer than {longest} tokens (max_prompt)")
-    return kept
+def _models(how: Recipe, parallel: Parallel) -> tuple[Model, Apart | None]:
+    """The policy's model, and those beside it that the recipe needs."""
+
+    def load(frozen: bool) -> Model:
+        return Model.load(how.model, str(parallel.device), how.precision, frozen, parallel.mesh)
+
+    model, own = load(how.lora is not None), how.ppo.critic == "model"
+    if how.lora and not own:
+        return model, None
+    return model, Apart(model if how.lora else load(frozen=True), load(frozen=False) if own else None)
+
+
+def _check_enough(parallel: Parallel, prompts: int, replayed: Sequence[Row]) -> None:
+    """Raises ValueError where a process would have nothing to do, for which the others would wait."""
+    if prompts < parallel.size or 0 < len(replayed) < parallel.size:
+        raise ValueError(
+            f"there are {parallel.size} processes, and ppo.prompts, or the demonstrations, are fewer; start fewer "
+            "processes, or raise ppo.prompts"
+        )
+
+
+_Prompts = dict[tuple[int, ...], tuple[Message, ...]]
+
+
+def _prompts(model: Model, asked: material.Material[Any], longest: int) -> tuple[_Prompts, _Prompts]:
+    """The messages behind the tokens of each prompt, each once: those that are trained, and those that measure."""
+    found = asked.made(lambda one: model.template.prompt(dataset.prompt_of(one), one.tools))
+    train, test = (asked.fitting(found[split], longest, "max_prompt", len) for split in SPLITS)
+    return _by_ids(train), _by_ids(test)
+
+
+def _by_ids(some: Sequence[material.Made[Any, tuple[int, ...]]]) -> _Prompts:
+    return {one.what: dataset.prompt_of(one.record) for one in some}
 
 
 def _order(prompts: Sequence[tuple[int, ...]], how: Recipe) -> list[list[tuple[int, ...]]]:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from alignment.lora import Adapters
 from alignment.model import Model
 
@@ -43,7 +45,7 @@ def write(model: Model, adapter: str | None, folder: Path, provenance: Provenanc
     shutil.rmtree(new, ignore_errors=True)
     if adapter is not None and model.adapters is not None:
         model.adapters.save(adapter, new / ADAPTER, model.name)
-        whole = _unquantised(model, adapter) if model.quantised else model
+        whole = model if model.mesh is None and not model.quantised else _reloaded(model, adapter)
         with cast(Adapters, whole.adapters).merged(adapter), cast(Adapters, whole.adapters).unwrapped():
             whole.base.save_pretrained(new)
     else:
@@ -59,8 +61,13 @@ def write(model: Model, adapter: str | None, folder: Path, provenance: Provenanc
     return folder
 
 
-def _unquantised(model: Model, adapter: str) -> Model:
-    adapters, whole = cast(Adapters, model.adapters), Model.load(model.name, precision="bfloat16")
+def _reloaded(model: Model, adapter: str) -> Model:
+    """The base as its checkpoint has it, and the adapter: of a quantised or sharded one there is no other whole."""
+    half = model.quantised or model.base.dtype == torch.bfloat16
+    adapters, whole = (
+        cast(Adapters, model.adapters),
+        Model.load(model.name, precision="bfloat16" if half else "float32"),
+    )
     whole.adapt(adapter, adapters.shapes[adapter])
     cast(Adapters, whole.adapters).load_weights(adapter, {k: v.cpu() for k, v in adapters.weights(adapter).items()})
     return whole

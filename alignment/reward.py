@@ -1,9 +1,9 @@
 """A reward model from preferences: several members on one frozen base, each an adapter and a head with a score.
 
-A member's score of a reply is what its head reads after the reply's last token. Members differ in how they begin and in
-the order in which they see the pairs; where they disagree, none of them is to be believed (Coste et al. 2023,
-arXiv:2310.02743). A head has one output an objective. A pair whose slice is named after an objective (`harmless`, or
-`harmless/...`) trains that one, any other pair the first.
+A member's score of a reply is what its head reads after the reply's last token, or of all its tokens. Members differ in
+how they begin and in the order in which they see the pairs; where they disagree, none of them is to be believed (Coste
+et al. 2023, arXiv:2310.02743). A head has one output an objective. A pair whose slice is named after an objective
+(`harmless`, or `harmless/...`) trains that one, any other pair the first.
 """
 
 from __future__ import annotations
@@ -15,23 +15,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from alignment import calibration, dataset, release, report
+from alignment import calibration, dataset, material, probe, release, report
 from alignment import recipe as recipes
 from alignment.calibration import Interval, wilson
-from alignment.loop import Adam, Optimiser, Parallel, Part, Run, Tell, fit
+from alignment.loop import STATE, Adam, Optimiser, Parallel, Part, Run, fit
 from alignment.lora import Adapters, LoraShape
 from alignment.losses import centring, preference_loss
 from alignment.model import Model, ModelError, Precision
-from alignment.records import Demonstration, PreferencePair
+from alignment.progress import Tell, through
+from alignment.records import SPLITS, Demonstration, PreferencePair
 from alignment.tokens import Batch, Row, batch, plan, schedule, shared
+from alignment.trackers import TrackerName
 
 NAME = "reward"
+Pooling = Literal["last", "mean", "both"]
+"""Of which states a score is read: that after a reply's last token, the mean of those after all its tokens, or both."""
+WIDTHS: Mapping[str, int] = {"last": 1, "mean": 1, "both": 2}
 MANIFEST, HEADS = "reward.json", "heads.safetensors"
 EVALUATION, CALIBRATION = "evaluation.json", "calibration.json"
 OVER_REFUSAL = "over-refusal"
@@ -49,7 +54,8 @@ class Recipe:
     have outputs for. members: of the ensemble. rows: pairs an update, of each member. tokens: of a forward pass with
     its padding. max_length: of a prompt with both replies; longer pairs are left out. shared: the prompt is computed
     once for both replies. packed: several pairs in a line. smoothing: the share of labels that are held to be wrong.
-    centring: weight of (chosen + rejected)^2, which keeps scores around 0. zeroed: biases are set at the end so that
+    centring: weight of (chosen + rejected)^2, which keeps scores around 0. pooling: what heads read. probe: heads are
+    fitted to the model as it is before adapters learn. zeroed: biases are set at the end so that
     scores are 0 on average on the demonstrations in `zero`, or on chosen replies where there are none. close: lengths
     that differ by less than this share count as the same. often: updates between two measurements on `watched`
     held-out pairs, 0 for the first and the last only. device: empty for a GPU where there is one.
@@ -68,6 +74,8 @@ class Recipe:
     packed: bool = False
     smoothing: float = 0.0
     centring: float = 0.01
+    pooling: Pooling = "last"
+    probe: bool = True
     zeroed: bool = True
     zero: tuple[Path, ...] = ()
     lora: LoraShape = field(default_factory=LoraShape)
@@ -77,8 +85,10 @@ class Recipe:
     seed: int = 0
     device: str = ""
     precision: Precision = "float32"
+    shard: bool = False
     often: int = 50
     checkpoint: int = 50
+    trackers: tuple[TrackerName, ...] = ()
 
     def __post_init__(self) -> None:
         if self.members < 1 or not self.objectives:
@@ -89,15 +99,23 @@ class Recipe:
 
 def train(how: Recipe, tell: Tell = print) -> Path:
     """The folder of the reward model that the recipe makes; its run's folder has metrics, calibration and a report."""
-    parallel = Parallel(how.device)
-    model = Model.load(how.model, str(parallel.device), how.precision)
-    sets = [dataset.read(path, PreferencePair, tell) for path in how.data]
-    pairs, held_out = (_pairs(model, sets, split, how, tell) for split in ("train", "test"))
+    parallel = Parallel(how.device, how.shard, tell)
+    model = Model.load(how.model, str(parallel.device), how.precision, mesh=parallel.mesh)
+    learnt = material.Material.read(how.data, PreferencePair, tell)
+    pairs, held_out = _pairs(model, learnt, how)
     _check_objectives(pairs, how.objectives)
-    reward = RewardModel.new(model, how.members, how.objectives, how.lora, how.seed, tokens=how.tokens)
+    reward = RewardModel.new(
+        model, how.members, how.objectives, how.lora, how.seed, tokens=how.tokens, pooling=how.pooling
+    )
     updates = scheduled(pairs, how)
-    run = Run.open(how.output, recipes.dump(how), len(updates), parallel, tell, how.checkpoint)
+    run = Run.open(how.output, recipes.dump(how), len(updates), parallel, tell, how.checkpoint, how.trackers)
+    if parallel.leads:
+        material.write(how.output, learnt, tell=tell)
     optimisers = [Optimiser(reward.parameters(name), how.optimiser, len(updates), parallel) for name in reward.members]
+
+    if how.probe and not (how.output / STATE).is_file():
+        tell(f"fitting the heads to {len(pairs)} pairs, before the adapters learn")
+        begin(reward, pairs, how)
 
     def forward(item: Item) -> Part:
         return loss(reward, item, [[pairs[i] for i in line] for line in item.lines], how)
@@ -109,8 +127,9 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     if how.zeroed:
         reward.zero(_examples(model, how, pairs))
     results = judged(reward, held_out, how.close) if held_out else {}
+    run.end(results)
     if parallel.leads:
-        _write(how, reward, results, sets)
+        _write(how, reward, results, learnt.fingerprints)
     parallel.wait()
     return how.output / "release"
 
@@ -144,8 +163,8 @@ class Pair:
 def paired(model: Model, record: PreferencePair, objectives: Sequence[str]) -> Pair:
     """A pair's tokens: each reply with the token that ends it, as a policy says it. Raises TemplateError."""
     return Pair(
-        model.template.reply(record.prompt, record.chosen),
-        model.template.reply(record.prompt, record.rejected),
+        model.template.reply(record.prompt, record.chosen, record.tools),
+        model.template.reply(record.prompt, record.rejected, record.tools),
         objective_of(record.slice, objectives),
         record.margin,
         record.tie,
@@ -160,15 +179,13 @@ def objective_of(slice: str, objectives: Sequence[str]) -> int:
     return objectives.index(name) if name in objectives else 0
 
 
-def _pairs(
-    model: Model, sets: Sequence[dataset.Dataset[PreferencePair]], split: str, how: Recipe, tell: Tell
-) -> list[Pair]:
-    records = [one for some in sets for one in some.records if one.split == split]
-    made = [paired(model, one, how.objectives) for one in records]
-    kept = [one for one in made if len(one.both) <= how.max_length]
-    if len(kept) < len(made):
-        tell(f"{len(made) - len(kept)} of {len(made)} pairs are longer than {how.max_length} tokens and left out")
-    return kept
+def _pairs(model: Model, learnt: material.Material[PreferencePair], how: Recipe) -> tuple[list[Pair], list[Pair]]:
+    """The pairs that are trained, and those that measure."""
+    found = learnt.made(lambda one: paired(model, one, how.objectives))
+    train, test = (
+        learnt.fitting(found[split], how.max_length, "max_length", lambda pair: len(pair.both)) for split in SPLITS
+    )
+    return [one.what for one in train], [one.what for one in test]
 
 
 def _check_objectives(pairs: Sequence[Pair], objectives: Sequence[str]) -> None:
@@ -193,23 +210,23 @@ class RewardModel:
 
     def __init__(
         self, model: Model, members: Sequence[str], objectives: Sequence[str], temperature: float = 1.0,
-        tokens: int = 4096,
+        tokens: int = 4096, pooling: Pooling = "last",
     ):  # fmt: skip
         self.model, self.members, self.objectives = model, tuple(members), tuple(objectives)
-        self.temperature, self.tokens = temperature, tokens
+        self.temperature, self.tokens, self.pooling = temperature, tokens, pooling
 
     @classmethod
     def new(
         cls, model: Model, members: int, objectives: Sequence[str], shape: LoraShape, seed: int = 0, name: str = NAME,
-        tokens: int = 4096,
+        tokens: int = 4096, pooling: Pooling = "last",
     ) -> RewardModel:  # fmt: skip
         """One that knows nothing yet; a member begins the same however many others there are."""
         names = [f"{name}-{i}" for i in range(members)]
         for i, one in enumerate(names):
             torch.manual_seed(_seed(seed, i))
             model.adapt(one, shape)
-            model.head(one, len(objectives))
-        return cls(model, names, objectives, tokens=tokens)
+            model.head(one, len(objectives), WIDTHS[pooling])
+        return cls(model, names, objectives, tokens=tokens, pooling=pooling)
 
     def parameters(self, member: str) -> list[nn.Parameter]:
         """The parameters of a member: of its adapter and of its head."""
@@ -223,10 +240,9 @@ class RewardModel:
         return self.model.adapters
 
     def read(self, some: Batch, member: str, branches: Sequence[int] = (0,)) -> list[Tensor]:
-        """A member's scores after the last token of these branches of each row, each [rows, objectives] in float32."""
-        states = self.model.states(some, member)
-        places = [some.last(branch).unbind(-1) for branch in branches]
-        return [self.model.heads[member](states[line, column].float()) for line, column in places]
+        """A member's scores of these branches of each row, each [rows, objectives] in float32."""
+        states, head = self.model.states(some, member), self.model.heads[member]
+        return [head(pooled(states, some, branch, self.pooling)) for branch in branches]
 
     def compared(self, lines: Sequence[Sequence[Pair]], member: str, once: bool = True) -> tuple[Tensor, Tensor]:
         """A member's scores of (chosen, rejected), each [pairs, objectives]. once: the prompt is computed once."""
@@ -244,7 +260,7 @@ class RewardModel:
     def each(self, rows: Sequence[Row]) -> Tensor:
         """What every member says of every reply, [members, rows, objectives]."""
         found = torch.zeros(len(self.members), len(rows), len(self.objectives), device=self.model.device)
-        for lines in plan([len(row) for row in rows], self.tokens, 0):
+        for lines, _ in self.model.even(plan([len(row) for row in rows], self.tokens, 0)):
             some = batch([[rows[i] for i in line] for line in lines]).to(self.model.device)
             numbers = [i for line in lines for i in line]
             for k, member in enumerate(self.members):
@@ -289,6 +305,7 @@ class RewardModel:
             "objectives": self.objectives,
             "members": len(self.members),
             "temperature": self.temperature,
+            "pooling": self.pooling,
             "shape": asdict(self.adapters.shapes[self.members[0]]),
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
@@ -308,15 +325,29 @@ class RewardModel:
         heads = load_file(folder / HEADS, device=str(model.device))
         made = cls(
             model, [f"{name}-{i}" for i in range(manifest["members"])], manifest["objectives"],
-            manifest["temperature"], tokens,
+            manifest["temperature"], tokens, manifest["pooling"],
         )  # fmt: skip
         for i, member in enumerate(made.members):
             _load_adapter(model, member, folder / "members" / str(i))
-            model.head(member, len(made.objectives))
+            model.head(member, len(made.objectives), WIDTHS[made.pooling])
             model.heads[member].load_state_dict({key: heads[f"{i}.{key}"] for key in ("weight", "bias")})
             for one in made.parameters(member):
                 one.requires_grad_(False)
         return made
+
+
+def pooled(states: Tensor, some: Batch, branch: int, how: Pooling) -> Tensor:
+    """What a head reads of a branch of each row (0: of the whole row): [rows, D] in float32, or twice D of `both`."""
+    line, column = some.last(branch).unbind(-1)
+    last = states[line, column].float()
+    if how == "last":
+        return last
+    wanted = some.trained & (some.branches == branch) if branch else some.trained
+    line, column = wanted.nonzero(as_tuple=True)
+    numbers = some.rows[line, column]
+    counts = torch.bincount(numbers, minlength=len(last)).clamp(min=1)
+    mean = torch.zeros_like(last).index_add(0, numbers, states[line, column].float()) / counts[:, None]
+    return mean if how == "mean" else torch.cat([last, mean], -1)
 
 
 def _load_adapter(model: Model, name: str, folder: Path) -> None:
@@ -415,6 +446,37 @@ def loss(reward: RewardModel, item: Item, lines: Sequence[Sequence[Pair]], how: 
     return Part(item.share * (weight * each).sum(), len(pairs), {k: item.share * v for k, v in sums.items()})
 
 
+def begin(reward: RewardModel, pairs: Sequence[Pair], how: Recipe) -> None:
+    """Fits the heads to the model as it is, each member's to pairs drawn for it."""
+    device = reward.model.device
+    states = _states(reward, pairs)
+    columns = ([one.margin for one in pairs], [one.weight for one in pairs], [one.tie for one in pairs])
+    seen = probe.Pairs(*states, *(torch.tensor(one, device=device) for one in columns))
+    objective = torch.tensor([one.objective for one in pairs], device=device)
+    for k, member in enumerate(reward.members):
+        head = cast(nn.Linear, reward.model.heads[member])
+        for output in range(len(reward.objectives)):
+            mine = seen[(objective == output).nonzero()[:, 0]]
+            weights = probe.fit(mine.again(_seed(how.seed, k)) if how.members > 1 else mine, how.smoothing)
+            with torch.no_grad():  # pairs say nothing of where 0 is, and the centring wants it in their middle
+                head.weight[output] = weights
+                head.bias[output] = -((mine.chosen + mine.rejected) @ weights).mean() / 2
+
+
+@torch.no_grad()
+def _states(reward: RewardModel, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
+    """What heads would read of the base after the chosen and the rejected replies, each [pairs, width] in float32."""
+    rows, model = [one.both for one in pairs], reward.model
+    width = cast(nn.Linear, model.heads[reward.members[0]]).in_features
+    found = torch.zeros(2, len(rows), width, device=model.device)
+    for lines in through(plan([len(row) for row in rows], reward.tokens, 0), "fitting the heads"):
+        some = batch([[rows[i] for i in line] for line in lines]).to(model.device)
+        numbers, states = [i for line in lines for i in line], model.states(some)
+        for side in (0, 1):
+            found[side, numbers] = pooled(states, some, side + 1, reward.pooling)
+    return found[0], found[1]
+
+
 class Together(Optimiser):
     """The optimisers of members that learn side by side, each as if it were alone."""
 
@@ -449,7 +511,7 @@ def _examples(model: Model, how: Recipe, pairs: Sequence[Pair], most: int = 256)
     """Replies that are worth 0 on average, evenly from all there are."""
     if how.zero:
         records = [one for path in how.zero for one in dataset.read(path, Demonstration).records]
-        rows = [model.template.conversation(one.messages, "last") for one in records]
+        rows = [model.template.conversation(one.messages, "last", one.tools) for one in records]
         rows = [row for row in rows if len(row) <= how.max_length]
     else:
         rows = [one.chosen for one in pairs]
@@ -464,7 +526,7 @@ def leads(reward: RewardModel, pairs: Sequence[Pair]) -> Tensor:
     """By how much each member prefers the chosen reply of each pair, in the pair's own objective: [members, pairs]."""
     found = torch.zeros(len(reward.members), len(pairs), device=reward.model.device)
     rows = [one.both for one in pairs]
-    for lines in plan([len(row) for row in rows], reward.tokens, 0):
+    for lines in through(plan([len(row) for row in rows], reward.tokens, 0), "measuring"):
         some = batch([[rows[i] for i in line] for line in lines]).to(reward.model.device)
         numbers = [i for line in lines for i in line]
         outputs = [pairs[i].objective for i in numbers]
@@ -582,9 +644,7 @@ def uncertainty(leads: Sequence[float], spread: Sequence[float], parts: int = 4)
 # --- what is left
 
 
-def _write(
-    how: Recipe, reward: RewardModel, results: dict[str, Any], sets: Sequence[dataset.Dataset[PreferencePair]]
-) -> None:
+def _write(how: Recipe, reward: RewardModel, results: dict[str, Any], data: Mapping[str, str]) -> None:
     calibrated = results.pop("calibration", None)
     for name, found in ((EVALUATION, results), (CALIBRATION, calibrated)):
         if found:
@@ -594,9 +654,7 @@ def _write(
     }
     shown |= {"accuracy, like lengths": results["length_matched"]["accuracy"]} if "length_matched" in results else {}
     shown |= {name: calibrated[name] for name in ("ece", "temperature")} if calibrated else {}
-    provenance = release.Provenance(
-        "reward", str(how.model), recipes.dump(how), {str(one.path): one.fingerprint for one in sets}, shown
-    )
+    provenance = release.Provenance("reward", str(how.model), recipes.dump(how), data, shown)
     folder, new = how.output / "release", how.output / "release.new"
     shutil.rmtree(new, ignore_errors=True)
     reward.save(new)

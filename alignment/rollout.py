@@ -63,12 +63,15 @@ class Local:
     def draw(
         self, prompts: Sequence[tuple[int, ...]], samples: int, limit: int, temperature: float, seed: int
     ) -> list[Reply]:
-        """As Engine.draw; the weights are merged meanwhile where they can be, for an adapter beside them is slower."""
+        """As Engine.draw; the weights are merged meanwhile where they can be, for an adapter beside them is slower.
+
+        Of a sharded model each process has all of them meanwhile, for no two draw replies of the same lengths.
+        """
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         each = max(1, self._batch // samples)
         found: dict[int, list[Reply]] = {}
         random = torch.Generator(self._model.device).manual_seed(seed)
-        with self._merged(), torch.no_grad():
+        with self._model.whole(), self._merged(), torch.no_grad():
             for at in range(0, len(order), each):
                 some = order[at : at + each]
                 replies = self._some([prompts[i] for i in some], samples, limit, temperature, random)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from alignment import dataset, release, report
+from alignment import dataset, material, release, report
 from alignment import recipe as recipes
-from alignment.loop import Adam, Optimiser, Parallel, Part, Run, Tell, fit
+from alignment.loop import Adam, Optimiser, Parallel, Part, Run, fit
 from alignment.lora import LoraShape
 from alignment.model import Model, Precision
-from alignment.records import Demonstration
-from alignment.tokens import Row, Turns, batch, fitting, plan, schedule
+from alignment.progress import Tell, through
+from alignment.records import SPLITS, Demonstration
+from alignment.tokens import Row, Turns, batch, plan, schedule
+from alignment.trackers import TrackerName
 
 ADAPTER = "sft"
 
@@ -28,7 +30,7 @@ class Recipe:
     folder. rows: of an update, over all processes. tokens: of a forward pass with its padding. max_length: longer rows
     are left out. turns: which of the assistant's turns are trained. packed: several rows in a line, which do not see
     each other. lora: None trains all weights. device: empty for a GPU where there is one. often: updates between two
-    measurements, 0 for the first and the last only.
+    measurements, 0 for the first and the last only. shard: each process keeps a part of the weights (`shard`).
     """
 
     model: Path
@@ -45,23 +47,27 @@ class Recipe:
     seed: int = 0
     device: str = ""
     precision: Precision = "float32"
+    shard: bool = False
     often: int = 50
     checkpoint: int = 50
+    trackers: tuple[TrackerName, ...] = ()
 
 
 def train(how: Recipe, tell: Tell = print) -> Path:
     """The release that the recipe makes; its run's folder has metrics, checkpoints and a report."""
-    parallel = Parallel(how.device)
+    parallel = Parallel(how.device, how.shard, tell)
     torch.manual_seed(how.seed)
-    model = Model.load(how.model, str(parallel.device), how.precision, how.lora is not None)
-    sets = [dataset.read(path, Demonstration, tell) for path in how.data]
-    rows, held_out = (_rows(model, sets, split, how, tell) for split in ("train", "test"))
+    model = Model.load(how.model, str(parallel.device), how.precision, how.lora is not None, parallel.mesh)
+    learnt = material.Material.read(how.data, Demonstration, tell)
+    rows, held_out = _rows(model, learnt, how)
     if not rows:
         raise dataset.DatasetError(
             "there are no rows to train on: none is of the split `train`, or all are longer than max_length"
         )
     updates = schedule([len(row) for row in rows], how.rows, how.tokens, how.epochs, how.seed, how.packed)
-    run = Run.open(how.output, recipes.dump(how), len(updates), parallel, tell, how.checkpoint)
+    run = Run.open(how.output, recipes.dump(how), len(updates), parallel, tell, how.checkpoint, how.trackers)
+    if parallel.leads:
+        material.write(how.output, learnt, tell=tell)
     adapter = ADAPTER if how.lora else None
     parameters = model.adapt(ADAPTER, how.lora) if how.lora else list(model.base.parameters())
     optimiser = Optimiser(parameters, how.optimiser, len(updates), parallel)
@@ -73,39 +79,42 @@ def train(how: Recipe, tell: Tell = print) -> Path:
         return evaluate(model, adapter, held_out, how.tokens) if held_out else {}
 
     fit(run, optimiser, updates, forward, measure, how.often)
-    results = measure()
+    results, whole = measure(), model.gathered(parallel.leads)
+    run.end(results)
     if parallel.leads:
-        provenance = release.Provenance(
-            "sft", str(how.model), recipes.dump(how), {str(one.path): one.fingerprint for one in sets}, results
-        )
-        release.write(model, adapter, how.output / "release", provenance)
+        provenance = release.Provenance("sft", str(how.model), recipes.dump(how), learnt.fingerprints, results)
+        release.write(whole, adapter, how.output / "release", provenance)
         report.write(how.output, "Supervised fine-tuning")
     parallel.wait()
     return how.output / "release"
 
 
-def _rows(
-    model: Model, sets: Sequence[dataset.Dataset[Demonstration]], split: str, how: Recipe, tell: Tell
-) -> list[Row]:
-    records = [one for some in sets for one in some.records if one.split == split]
-    turns: Sequence[Turns] = ["last" if how.turns == "last" else one.turns for one in records]
-    rows = [model.template.conversation(one.messages, which) for one, which in zip(records, turns, strict=True)]
-    return fitting(rows, how.max_length, tell)
+def _rows(model: Model, learnt: material.Material[Demonstration], how: Recipe) -> tuple[list[Row], list[Row]]:
+    """The rows that are trained, and those that measure."""
+
+    def made(one: Demonstration) -> Row:
+        turns: Turns = "last" if how.turns == "last" else one.turns
+        return replace(model.template.conversation(one.messages, turns, one.tools, one.after), weight=one.weight)
+
+    found = learnt.made(made)
+    train, test = (learnt.fitting(found[split], how.max_length, "max_length", len) for split in SPLITS)
+    return [one.what for one in train], [one.what for one in test]
 
 
 def loss(model: Model, adapter: str | None, lines: Sequence[Sequence[Row]]) -> Part:
-    """The sum of -ln p over the trained tokens, in nats, and their number."""
+    """The sum of -ln p over the trained tokens, in nats, and their number, each counted as its row's weight says."""
     some = batch(lines).to(model.device)
     told = model.told(some, model.states(some, adapter))
-    count = float(some.trained.sum())
-    return Part(-told.logprobs.sum(), count, {"entropy": float(told.entropy.sum())})
+    weights = torch.tensor([row.weight for line in lines for row in line], device=model.device)
+    weight = weights[some.rows.clamp(min=0)] * some.trained
+    return Part(-(weight * told.logprobs).sum(), float(weight.sum()), {"entropy": float((weight * told.entropy).sum())})
 
 
 @torch.no_grad()
 def evaluate(model: Model, adapter: str | None, rows: Sequence[Row], tokens: int) -> dict[str, float]:
     """The loss a token and the perplexity on rows that are not trained."""
     total = count = 0.0
-    for lines in plan([len(row) for row in rows], tokens, 0):
+    for lines in through(plan([len(row) for row in rows], tokens, 0), "measuring"):
         part = loss(model, adapter, [[rows[i] for i in line] for line in lines])
         total, count = total + float(part.loss), count + part.count
     return {"test/loss": total / count, "test/perplexity": math.exp(min(total / count, 700.0))}

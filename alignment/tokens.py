@@ -7,14 +7,17 @@ a turn.
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import jinja2
 import torch
 from torch import Tensor
 
+from alignment.records import written
 from guardrails.types import Message
 
 Turns = Literal["all", "last"]
@@ -29,12 +32,13 @@ class Row:
     """One sequence. trained: true on the tokens that the model is to say, of which the first has one before it.
 
     branches: of each token, None where all are one text: tokens of branch 0 are seen by all that come after them, those
-    of another only by their own, and each branch goes on from the end of branch 0.
+    of another only by their own, and each branch goes on from the end of branch 0. weight: of its loss.
     """
 
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
     branches: tuple[int, ...] | None = None
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -58,29 +62,51 @@ class Template:
         special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.end = frozenset(end) or frozenset(special | {tokenizer.eos_token_id} - {None})
 
-    def text(self, messages: Sequence[Message], ask: bool = False, tools: Sequence[Any] | None = None) -> str:
-        """The conversation as the model reads it; with `ask` up to where the assistant's next turn begins."""
-        told = [{"role": one.role, "content": one.content} for one in messages]
+    def text(self, messages: Sequence[Message], ask: bool = False, tools: Sequence[str] = ()) -> str:
+        """The conversation as the model reads it; with `ask` up to where the assistant's next turn begins.
+
+        tools: JSON schemas, each as a text. Raises TemplateError where the template turns the conversation down.
+        """
+        return self._rendered(written(messages), ask, tools)
+
+    def _rendered(self, told: Sequence[dict[str, Any]], ask: bool, tools: Sequence[str]) -> str:
+        schemas = [json.loads(one) for one in tools] or None
+        try:
+            try:
+                return self._applied(told, ask, schemas)
+            except TypeError:  # a template that joins arguments to its text, as they come from an engine
+                return self._applied([_as_text(one) for one in told], ask, schemas)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise TemplateError(f"the chat template turns it down: {error}") from None
+
+    def _applied(self, told: Sequence[dict[str, Any]], ask: bool, schemas: list[Any] | None) -> str:
         rendered: str = self.tokenizer.apply_chat_template(
-            told, tokenize=False, add_generation_prompt=ask, tools=list(tools) if tools else None
+            list(told), tokenize=False, add_generation_prompt=ask, tools=schemas
         )
         return rendered
 
-    def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> tuple[int, ...]:
-        """The tokens of a conversation that the assistant is to answer."""
-        return tuple(self.tokenizer(self.text(messages, True, tools), add_special_tokens=False)["input_ids"])
+    def prompt(self, messages: Sequence[Message], tools: Sequence[str] = ()) -> tuple[int, ...]:
+        """The tokens of a conversation that the assistant is to answer; raises TemplateError."""
+        told = written(messages)
+        text = self._rendered(told, True, tools)
+        self._check_tools(told, text, tools)
+        return tuple(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def conversation(
-        self, messages: Sequence[Message], turns: Turns = "all", tools: Sequence[Any] | None = None
+        self, messages: Sequence[Message], turns: Turns = "all", tools: Sequence[str] = (), after: int = 0
     ) -> Row:
         """A conversation of which the assistant's turns, with the tokens that end them, are trained.
 
-        Raises TemplateError: for a template in which a turn reads otherwise once others follow (train `last` then), or
-        that does not end turns, and where nothing is trained.
+        Calls of tools are a part of the turn that makes them; their results, and the definitions in `tools`, are not
+        trained. after: so many messages at the beginning are not, either. Raises TemplateError: for a template in which
+        a turn reads otherwise once others follow (train `last` then), that does not end turns or does not write what
+        there is of tools, and where nothing is trained.
         """
-        whole = self.text(messages, tools=tools)
-        said = [i for i, one in enumerate(messages) if one.role == "assistant"]
-        spans = [self._span(messages, i, whole, tools) for i in (said[-1:] if turns == "last" else said)]
+        told = written(messages)
+        whole, first = self._rendered(told, False, tools), len(written(messages[:after]))
+        self._check_tools(told, whole, tools)
+        said = [i for i, one in enumerate(told) if one["role"] == "assistant" and i >= first]
+        spans = [self._span(told, i, whole, tools) for i in (said[-1:] if turns == "last" else said)]
         encoded = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
         ids, offsets = tuple(encoded["input_ids"]), encoded["offset_mapping"]
         trained = [False] * len(ids)
@@ -96,20 +122,57 @@ class Template:
         end = len(ids) - trained[::-1].index(True)  # what the template writes after the last turn teaches nothing
         return Row(ids[:end], tuple(trained[:end]))
 
-    def _span(self, messages: Sequence[Message], i: int, whole: str, tools: Sequence[Any] | None) -> tuple[int, int]:
+    def _span(self, told: Sequence[dict[str, Any]], i: int, whole: str, tools: Sequence[str]) -> tuple[int, int]:
         """Where in the whole text what the assistant said in message `i` stands, with the end of its turn."""
-        before, upto = self.text(messages[:i], True, tools), self.text(messages[: i + 1], tools=tools)
+        before, upto = self._rendered(told[:i], True, tools), self._rendered(told[: i + 1], False, tools)
         if not whole.startswith(upto.rstrip()):
             raise TemplateError(
                 f"the template writes message {i} otherwise when others follow it; train turns = 'last'"
             )
         if not upto.startswith(before):
             raise TemplateError(f"the template does not begin message {i} as it asks for it, so no prompt leads to it")
+        names = [one["function"]["name"] for one in told[i].get("tool_calls", ())]
+        if lacking := [name for name in names if name not in upto[len(before) :]]:
+            raise TemplateError(f"the template does not write the call of {lacking[0]} in message {i}: {_TOOLLESS}")
         return len(before), len(upto)
 
-    def reply(self, prompt: Sequence[Message], said: Sequence[Message], tools: Sequence[Any] | None = None) -> Row:
-        """A prompt, of which nothing is trained, and the assistant's reply to it; raises TemplateError."""
-        return self.conversation([*prompt, *said], "last", tools)
+    def _check_tools(self, told: Sequence[dict[str, Any]], whole: str, tools: Sequence[str]) -> None:
+        """Raises TemplateError where the template leaves out definitions of tools, calls or results."""
+        names = [json.loads(one)["function"]["name"] for one in tools]
+        if lacking := [name for name in names if name not in whole]:
+            raise TemplateError(f"the template does not write the definition of the tool {lacking[0]}: {_TOOLLESS}")
+        for i, one in enumerate(told):
+            calls = [call["function"]["name"] for call in one.get("tool_calls", ())]
+            if lacking := [name for name in calls if name not in whole]:
+                raise TemplateError(f"the template does not write the call of {lacking[0]} in message {i}: {_TOOLLESS}")
+            if one["role"] == "tool" and one["content"]:
+                without = [*told[:i], one | {"content": ""}, *told[i + 1 :]]
+                if self._rendered(without, False, tools) == self._rendered(told, False, tools):
+                    raise TemplateError(f"the template does not write the tool's result in message {i}: {_TOOLLESS}")
+
+    def reply(self, prompt: Sequence[Message], said: Sequence[Message], tools: Sequence[str] = ()) -> Row:
+        """A prompt, of which nothing is trained, and the assistant's reply to it; raises TemplateError.
+
+        Of a reply with calls of tools and their results, all of the assistant's turns are trained.
+        """
+        several = any(one.role != "assistant" for one in said)
+        return self.conversation([*prompt, *said], "all" if several else "last", tools, len(prompt) if several else 0)
+
+
+_TOOLLESS = "take a model whose chat template knows tools, or leave such rows out"
+
+
+def _as_text(message: dict[str, Any]) -> dict[str, Any]:
+    """A message whose calls have their arguments as a text."""
+    calls = [
+        one | {"function": one["function"] | {"arguments": _json(one["function"]["arguments"])}}
+        for one in message.get("tool_calls", ())
+    ]
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def _json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 def shared(chosen: Row, rejected: Row) -> Row:
@@ -290,11 +353,3 @@ def _filled(lines: Sequence[list[int]], lengths: Sequence[int], budget: int) -> 
         some, longest = [*some, line], max(longest, size)
     if some:
         yield some
-
-
-def fitting(rows: Sequence[Row], longest: int, tell: Callable[[str], object]) -> list[Row]:
-    """The rows of at most `longest` tokens; `tell` is told how many were longer."""
-    kept = [row for row in rows if len(row) <= longest]
-    if len(kept) < len(rows):
-        tell(f"{len(rows) - len(kept)} of {len(rows)} rows are longer than {longest} tokens and left out (max_length)")
-    return kept

@@ -22,10 +22,8 @@ from yarl import URL
 
 from app.frames import (
     BackendError,
+    Chunks,
     Delta,
-    Events,
-    joined,
-    read_chunk,
     read_completion,
     tokens_of,
     yes_probability,
@@ -33,7 +31,6 @@ from app.frames import (
 from guardrails.types import Message, Token, ToolMessage
 
 T = TypeVar("T")
-DONE = b"[DONE]"
 LATE = "The engine took too long to answer."
 LAST_WORDS = 1.0
 """Seconds that an engine has to tell its token counts after it has finished."""
@@ -86,27 +83,25 @@ class OpenAIBackend:
 
         Only waits for the engine are timed: a consumer may take as long as it likes for a piece.
         """
-        clock = asyncio.get_running_loop().time
-        over, read = clock() + self._timeouts.total, Events()
-        until, speaking, finished = min(over, clock() + self._timeouts.first_token), False, False
+        clock, chunks = asyncio.get_running_loop().time, Chunks()
+        over, finished, speaking = clock() + self._timeouts.total, False, False
+        until = min(over, clock() + self._timeouts.first_token)
         body = {"stream": True, "stream_options": {"include_usage": True}, **prompt.sampling}
-        with closing(Alarm()) as alarm:
-            async with self._asked(upstream, body, prompt, until) as response:
-                while chunk := await _next(alarm, until, response.content.readany(), finished):
-                    said = read.feed(chunk)
-                    ended = DONE in said
-                    for delta in joined(map(read_chunk, said[: said.index(DONE)] if ended else said)):
+        async with self._asked(upstream, body, prompt, until) as response:
+            with closing(Alarm(response.content)) as alarm:
+                while data := await alarm.read(until, finished):
+                    for delta in chunks.feed(data):
                         finished = finished or bool(delta.finish_reason)
                         speaking = speaking or delta.says
                         yield delta
-                    if ended:
+                    if chunks.ended:
                         break
                     if finished:
                         until = min(over, clock() + LAST_WORDS)
-                    elif speaking and said:
+                    elif speaking and chunks.came:
                         until = min(over, clock() + self._timeouts.idle)
-                if not finished:
-                    raise BackendError("broken", "The engine broke off in the middle of its reply.")
+            if not finished:
+                raise BackendError("broken", "The engine broke off in the middle of its reply.")
 
     async def complete(self, upstream: Upstream, prompt: Prompt) -> Delta:
         """The whole reply in one piece; cancelling it cancels the engine's work."""
@@ -260,40 +255,33 @@ async def answered(
         return tokens_of(orjson.loads(await _within(until, response.read())))
 
 
-async def _next(alarm: Alarm, until: float, reading: Awaitable[bytes], finished: bool) -> bytes:
-    """What an engine sends next; nothing at its end, which is also what one means that is finished and says no more."""
-    try:
-        return await alarm.within(until, reading)
-    except TimeoutError:
-        if not finished:
-            raise
-        return b""
-
-
 class Alarm:
-    """Time-outs of many short waits, one after another, with one timer: it is set anew only when it rings too early."""
+    """Reads a reply with time-outs, one short wait after another, with one timer: it is set anew only when it rings too
+    early. A wait that takes too long ends all reading."""
 
-    __slots__ = ("_loop", "_rang", "_task", "_timer", "_until")
+    __slots__ = ("_content", "_loop", "_timer", "_until", "_waits")
 
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, content: aiohttp.StreamReader):
+        self._content, self._loop = content, asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
-        self._task: asyncio.Task[Any] | None = None
-        self._until, self._rang = math.inf, False
+        self._until, self._waits = math.inf, False
 
-    async def within(self, until: float, work: Awaitable[T]) -> T:
-        """What `work` returns, by the time `until` of the loop's clock; raises TimeoutError."""
-        self._task, self._until, self._rang = asyncio.current_task(), until, False
+    async def read(self, until: float, finished: bool) -> bytes:
+        """All that has come, by the time `until` of the loop's clock; nothing at the end.
+
+        Of an engine that has `finished` it is the end, too, when it says no more until then; else raises TimeoutError.
+        """
+        self._until, self._waits = until, True
         if self._timer is None or until < self._timer.when():
             self._set(until)
         try:
-            return await work
-        except asyncio.CancelledError:
-            if self._rang and self._task and not self._task.uncancel():
-                raise TimeoutError from None
+            return await self._content.readany()
+        except TimeoutError:
+            if finished:
+                return b""
             raise
         finally:
-            self._task = None
+            self._waits = False
 
     def close(self) -> None:
         """Rings no more."""
@@ -306,13 +294,12 @@ class Alarm:
 
     def _ring(self) -> None:
         self._timer = None
-        if self._task is None:
+        if not self._waits:
             return
         if self._until > self._loop.time():
             self._set(self._until)
         else:
-            self._rang = True
-            self._task.cancel()
+            self._content.set_exception(TimeoutError())
 
 
 async def _whole(response: aiohttp.ClientResponse) -> bytes:

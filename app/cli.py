@@ -101,18 +101,17 @@ def serve(
     port: Annotated[int | None, typer.Option(help="The port to listen on, instead of the settings'.")] = None,
 ) -> None:
     """Serves the gateway and its engine. Ctrl-C or SIGTERM stops it, once the requests in flight have ended."""
-    import uvicorn
 
     from app.admin import create_admin_app
     from app.main import create_app
-    from app.serving import Serving
+    from app.serving import Doorway, Serving
 
     changes = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     settings = read_settings(**changes)
     app = create_app(settings)
     gateway = _Starting(app, settings.log_level == "debug")
     with _listener(settings.host, settings.port) as listener, ExitStack() as stack:
-        server = uvicorn.Server(_config(gateway))
+        server = Doorway(_config(gateway))
         if settings.admin_port:
             other = "NEWEL_ADMIN__PORT=9181 newel serve"
             operators = stack.enter_context(_listener(settings.admin.host, settings.admin_port, other))
@@ -354,3 +353,7 @@ def _show_one(values: dict[str, Any], as_json: bool) -> None:
     for name, value in values.items():
         if value not in ("", None):
             console.print(f"{name.replace('_', ' ')}: {cell(value)}", markup=False)
+
+
+if __name__ == "__main__":  # torchrun and accelerate start a module
+    main()

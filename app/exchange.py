@@ -10,7 +10,7 @@ from functools import partial
 from app.chat import answer, answered
 from app.errors import ApiError
 from app.fleet import Release
-from app.records import Key, Tenant, Turn, new_id
+from app.records import Key, Tenant, Turn, row_id
 from app.schemas import ChatRequest
 from app.service import Service
 from app.telling import Said
@@ -125,7 +125,7 @@ def begun(service: Service, call: Call, surface: str, key: Key, tenant: Tenant, 
     person = asked.safety_identifier or asked.user or call.header(b"x-openwebui-user-id")
     retries = call.header(b"x-stainless-retry-count")
     return Turn(
-        id=new_id(IDS.get(surface, "chatcmpl-")),
+        id=row_id(IDS.get(surface, "chatcmpl-")),
         conversation=_conversation(call, asked),
         tenant=tenant.name,
         key=key.id,

@@ -15,6 +15,9 @@ from guardrails.guard_formats import ANSWER
 from guardrails.types import Token
 
 Fault = Literal["unreachable", "busy", "rejected", "timeout", "broken"]
+DONE = b"[DONE]"
+GUESSES = 3
+"""How often what is around the text of a chunk is remembered in vain before it is given up."""
 MAX_CALLS = 128
 """Tool calls in one reply."""
 BYTE_ORDER_MARK = "\ufeff".encode()
@@ -79,8 +82,7 @@ class More:
         return More(*({**old, **new} for old, new in both))
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True, gc=False):  # made for each token: a dataclass takes ten times as long
     """A piece of a reply, or all of it; the last ones carry the finish reason and the token counts.
 
     logprobs: (token, its entry in JSON) for what `text` is made of, where they were asked for. lengths: of the pieces
@@ -134,6 +136,11 @@ class Events:
         self._data: list[bytes] = []
         self._size = 0
 
+    @property
+    def between(self) -> bool:
+        """True where one event has ended and nothing of the next one has come."""
+        return not (self._rest or self._data or self._after_cr or self._mark)
+
     def feed(self, chunk: bytes) -> list[bytes]:
         """The data of each event that is complete now; raises BackendError when one grows beyond MAX_EVENT bytes."""
         if self._mark:
@@ -171,6 +178,69 @@ async def events(chunks: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:
     async for chunk in chunks:
         for event in read.feed(chunk):
             yield event
+
+
+class Chunks:
+    """The chunks of one streamed chat completion, read as their bytes come.
+
+    An engine writes its chunks alike but for the text in them. So what stood before and behind the text of one is
+    looked for around the text of the next: a JSON string between the same bytes is read in a tenth of the time. came:
+    whether the bytes that were fed last have ended an event; ended: whether `[DONE]` was among them.
+    """
+
+    __slots__ = ("_before", "_behind", "_events", "_guesses", "came", "ended")
+
+    def __init__(self) -> None:
+        self._events = Events()
+        self._before = self._behind = b""
+        self._guesses = GUESSES
+        self.came = self.ended = False
+
+    def feed(self, data: bytes) -> Iterable[Delta]:
+        """What the chunks say that are complete now, text that came together as one piece; raises BackendError."""
+        if self._before and (delta := self._alike(data)):
+            self.came, self._guesses = True, GUESSES
+            return (delta,)
+        return joined(self._read(data))
+
+    def _alike(self, data: bytes) -> Delta | None:
+        """What is said in chunks like the last ones, where all of them are."""
+        if not (data.endswith(b"\n\n") and self._events.between):
+            return None
+        before, behind, texts = self._before, self._behind, list[str]()
+        start, end = len(before), -len(behind)
+        for line in data[:-2].split(b"\n\n"):
+            if not (line.startswith(before) and line.endswith(behind)):
+                return None
+            try:
+                text = orjson.loads(line[start:end])
+            except orjson.JSONDecodeError:
+                return None
+            if not (text and isinstance(text, str)):
+                return None
+            texts.append(text)
+        return _of(texts)
+
+    def _read(self, data: bytes) -> Iterator[Delta]:
+        found = self._events.feed(data)
+        self.came = bool(found)
+        for event in found:
+            if event == DONE:
+                self.ended = True
+                return
+            delta = read_chunk(event)
+            if self._guesses and delta.only_text:
+                self._guess(event)
+            yield delta
+
+    def _guess(self, event: bytes) -> None:
+        """Remembers what is around the text of this chunk, unless that was of no use for the last ones."""
+        choice = _RAW.decode(_RAWS.decode(_RAW.decode(event)["choices"])[0])
+        text = bytes(_RAW.decode(choice["delta"])["content"])
+        before, text, behind = event.partition(text)
+        if b"\n" not in event and text not in behind:
+            self._guesses -= 1
+            self._before, self._behind = b"data: " + before, behind
 
 
 def joined(deltas: Iterable[Delta]) -> Iterator[Delta]:

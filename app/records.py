@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
@@ -32,6 +33,15 @@ def new_id(prefix: str) -> str:
         several = secrets.token_bytes(12 * 256)  # a system call for each would cost more than all the rest of it
         _random.extend(several[i : i + 12].hex() for i in range(0, len(several), 12))
     return prefix + _random.pop()
+
+
+def row_id(prefix: str) -> str:
+    """A fresh identifier of a row of a large table: the milliseconds since 1970 come before the random bits.
+
+    Rows that are written together then stand together in the table's indexes; at random places each would cost the
+    database a page of its own to read, to log and to write.
+    """
+    return f"{prefix}{time.time_ns() // 1_000_000:012x}{new_id('')}"
 
 
 _random: list[str] = []

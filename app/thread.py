@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from app.errors import ApiError
-from app.records import Ticket, Turn, new_id
+from app.records import Ticket, Turn, row_id
 from app.service import Service
 from app.store import StoreDown
 from guardrails.types import Message, ToolMessage
@@ -81,7 +81,7 @@ async def recall(service: Service, turn: Turn, messages: tuple[Message, ...], af
             news = await service.store.undelivered_answers(turn.tenant, turn.conversation)
     except StoreDown:
         service.metrics.store_errors.inc()
-    turn.conversation = turn.conversation or new_id("conv_")
+    turn.conversation = turn.conversation or row_id("conv_")
     return replace(thread, news=tuple(ticket for ticket in news if thread.owns(ticket))) if news else thread
 
 

@@ -258,11 +258,12 @@ def measured(one: Running, load: Load, seconds: float) -> Figures:
     }
 
 
-def streamed(one: Running, streams: int, seconds: float) -> Figures:
-    """Many streams, one round."""
+def streamed(one: Running, streams: int, seconds: float, start: float) -> Figures:
+    """Many streams that begin within `start` seconds, one round."""
     body = bodies(1, stream=True)[0]
-    body = body.replace('"max_tokens":100', f'"max_tokens":{int(50 * (seconds + 5))}')
-    asked = {"url": one.url, "headers": one.headers, "body": body, "streams": streams, "seconds": seconds}
+    body = body.replace('"max_tokens":100', f'"max_tokens":{int(50 * (seconds + start + 5))}')
+    asked: dict[str, Any] = {"url": one.url, "headers": one.headers, "body": body}
+    asked |= {"streams": streams, "seconds": seconds, "start": start}
     command = pinned(LOAD_CORE, [sys.executable, str(HERE / "streams.py"), json.dumps(asked)])
     with awake(one), subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as client:
         assert client.stdout
@@ -276,11 +277,14 @@ def streamed(one: Running, streams: int, seconds: float) -> Figures:
         time.sleep(1)
     return {
         "frames": told["frames"] / told["seconds"],
+        "tokens": told["tokens"] / told["seconds"],
         "frame_cpu": used / max(told["frames"], 1) * 1e6,
         "gap50": told["p50"],
         "gap99": told["p99"],
+        "pause": told["pause"],
         "ttft50": told["ttft50"],
         "ttft99": told["ttft99"],
+        "ttft": told["ttft"],
         "stalls": told["stalls"],
         "stream_bad": told["bad"],
         "stream_rss": rss,
@@ -339,7 +343,7 @@ def _rounds(running: Sequence[Running], load: Load, options: argparse.Namespace,
         for one in running:
             row = measured(one, load, options.seconds)
             if options.streams:
-                row |= streamed(one, options.streams, options.seconds)
+                row |= streamed(one, options.streams, options.seconds, options.start)
             one.rows.append(row)
             tell(f"round {number + 1}: {shown(one, row)}")
     results.figures = {one.way.name: medians(one.rows) for one in running}
@@ -354,6 +358,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="of each measurement")
     parser.add_argument("--streams", type=int, default=500, help="streams at once; 0 leaves them out")
+    parser.add_argument("--start", type=float, default=1.0, help="seconds in which the streams begin; 0: all at once")
     parser.add_argument("--minutes", type=int, default=0, help="of load under which newel's memory is watched")
     parser.add_argument("--cache", type=Path, default=CACHE, help=f"where the peers are installed ({CACHE})")
     parser.add_argument("--write", action="store_true", help="write docs/benchmarks.md and docs/gateway-peers.svg")
@@ -363,7 +368,7 @@ def main() -> None:
     if unknown := [name for name in names if name not in WAYS]:
         raise SystemExit(f"--ways: no way {unknown[0]!r}; there are {', '.join(WAYS)}")
     results = run(names, options)
-    text = section(results, options.streams, options.rounds, options.seconds, PICTURE.name)
+    text = section(results, options.streams, options.rounds, options.seconds, PICTURE.name, options.start)
     print(text)
     if options.write:
         put(text, PAGE)

@@ -83,7 +83,7 @@ async def rules_only(policy: Policy) -> tuple[float, float, float]:
         await judge_messages(asked, [Message("user", f"{(QUESTION * 3)[:169]} {ending}"[:200])])
 
     async def reply(_: int) -> None:
-        whole = Reply(said)
+        whole = Reply(said, streamed=False)
         whole.feed(CONTENT, REPLY[:250])
         await whole.finish()
 

@@ -21,10 +21,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "learning.md"
 SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
+BEGIN, END = "<!-- begin: benchmarks.learning -->", "<!-- end: benchmarks.learning -->"
 Json = dict[str, Any]
 
 RECIPES = {
@@ -34,7 +34,7 @@ turns = "last"
 tokens = 1024
 max_length = 512
 rows = 16
-epochs = 2
+epochs = 1
 [lora]
 rank = 16
 [optimiser]
@@ -44,39 +44,41 @@ schedule = "cosine"
     "reward": """
 data = ["../first.jsonl", "../measured.jsonl"]
 objectives = ["harmless"]
-members = 2
-epochs = 2
+pooling = "both"
+members = 1
+epochs = 1
 rows = 16
-max_length = 768
-often = 40
+max_length = 512
+often = 0
 [lora]
 rank = 8
 alpha = 16.0
 [optimiser]
-lr = 2e-4
+lr = 5e-5
 """,
     "judge": """
 data = ["../second.jsonl", "../measured.jsonl"]
 objectives = ["harmless"]
-members = 2
-epochs = 2
+pooling = "both"
+members = 1
+epochs = 0
 rows = 16
-max_length = 768
-often = 40
+max_length = 512
+often = 0
 seed = 1
 [lora]
 rank = 8
 alpha = 16.0
 [optimiser]
-lr = 2e-4
+lr = 5e-5
 """,
     "ppo": """
 prompts = ["../prompts.jsonl"]
 critic = "../reward/release"
 held_out = "../judge/release"
 demonstrations = ["../demonstrations.jsonl"]
-max_prompt = 192
-shown = 32
+max_prompt = 128
+shown = 24
 often = 20
 critic_lr = 1e-4
 [lora]
@@ -88,9 +90,8 @@ warmup = 0.0
 name = "harmless"
 kind = "model"
 path = "../reward/release"
-spread = 0.5
 [ppo]
-prompts = 32
+prompts = 24
 limit = 48
 minibatches = 4
 warmup = 2
@@ -108,12 +109,14 @@ kl = 25.0
 
 
 def pairs(path: Path) -> Iterator[Json]:
-    """The pairs of a file as hh-rlhf writes them, in TRL's format; those with an empty or the same reply are left out."""
+    """The pairs in a file of hh-rlhf, in TRL's format; those with an empty or the same reply are left out."""
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
         for line in lines:
             row = json.loads(line)
             chosen, rejected = (_turns(row[name]) for name in ("chosen", "rejected"))
-            replies = [one[-1] for one in (chosen, rejected) if one and one[-1]["role"] == "assistant"]
+            replies = [
+                one[-1] for one in (chosen, rejected) if [turn["role"] for turn in one[-2:]] == ["user", "assistant"]
+            ]
             if len(replies) == 2 and all(one["content"] for one in replies) and replies[0] != replies[1]:
                 yield {"prompt": chosen[:-1], "chosen": replies[:1], "rejected": replies[1:], "slice": "harmless"}
 
@@ -140,7 +143,8 @@ def deal(source: Path, folder: Path) -> Mapping[str, int]:
         _write(folder / f"{name}.jsonl", rows)
     learnt, measured = [*sets["first"], *sets["second"]], sets["measured"]
     told = [
-        {"messages": [*one["prompt"], *one["chosen"]], "split": one["split"]} for one in (*sets["first"], *measured[:100])
+        {"messages": [*one["prompt"], *one["chosen"]], "split": one["split"]}
+        for one in (*sets["first"], *measured[:100])
     ]
     _write(folder / "demonstrations.jsonl", told)
     _write(folder / "prompts.jsonl", [{"prompt": one["prompt"], "split": one["split"]} for one in (*learnt, *measured)])
@@ -163,7 +167,74 @@ def step(name: str, method: str, model: Path, folder: Path, changes: list[str]) 
     recipe = where / "asked.toml"
     recipe.write_text(f'model = "{model}"\noutput = "."\n{RECIPES[name]}')
     print(f"== {name}", file=sys.stderr, flush=True)
-    subprocess.run([str(Path(sys.executable).with_name("newel")), "train", method, str(recipe), *changes], cwd=ROOT, check=True)
+    subprocess.run(
+        [str(Path(sys.executable).with_name("newel")), "train", method, str(recipe), *changes], cwd=ROOT, check=True
+    )
+
+
+# --- what came of it
+
+
+def figures(folder: Path, sizes: Mapping[str, int], asked: str) -> str:
+    """The page's section: what each step measured on conversations that none of them was trained on."""
+    sft, ppo = (_metrics(folder / name) for name in ("sft", "ppo"))
+    reward, judge, found = (_json(folder / name / "evaluation.json") for name in ("reward", "judge", "ppo"))
+    perplexity = [row["test/perplexity"] for row in sft if "test/perplexity" in row]
+    rows = [
+        ("SFT: perplexity of held-out replies", f"{perplexity[0]:.1f} before, {perplexity[-1]:.1f} after"),
+        ("reward model: accuracy on held-out pairs", _interval(reward["accuracy"], 1)),
+        ("... of replies of like length", _interval(reward["length_matched"]["accuracy"], 1)),
+        ("... calibration error (ECE), temperature", _calibration(reward)),
+        ("judge (other pairs, other seed): accuracy", _interval(judge["accuracy"], 1)),
+        ("PPO: reward on held-out prompts, before", _interval(found["harmless/before"], 1)),
+        ("... after", _interval(found["harmless/after"], 1)),
+        ("... share of prompts with the better reward", _interval(found["harmless/wins"], 1)),
+        ("**judge's score, before**", _interval(found["held-out/before"], 1)),
+        ("**... after**", _interval(found["held-out/after"], 1)),
+        ("**win rate by the judge**", _interval(found["held-out/wins"], 1)),
+        ("KL from the reference, nats a reply", f"{ppo[-1]['kl/reply']:.2f} (bound 25)"),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    every = [row for row in ppo if row["step"] == 1 or row["step"] % 5 == 0]
+    curve = "\n".join(
+        f"| {row['step']} | {row['rewards/harmless']:.2f} | {row['signs/held_out']:.2f} | {row['kl/reply']:.2f} "
+        f"| {row['reply/tokens']:.0f} | {row['value/explained']:.2f} |"
+        for row in every
+    )
+    dealt = f"{sizes['first']} pairs to learn from, {sizes['second']} for the judge, {sizes['measured']} to measure"
+    return (
+        f"`{asked}`; {dealt}.\n\n| what | value (95 % interval) |\n|---|---|\n{table}\n\n"
+        "The curve of PPO, on the prompts of each update:\n\n"
+        "| update | reward | judge's score | KL a reply | tokens a reply | value explained |\n|"
+        f"{'---|' * 6}\n"
+        f"{curve}\n"
+    )
+
+
+def _json(path: Path) -> Json:
+    found: Json = json.loads(path.read_text())
+    return found
+
+
+def _metrics(folder: Path) -> list[Json]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def _interval(one: Json, digits: int) -> str:
+    return (
+        f"{one['value']:.{digits + 2}f} ({one['low']:.{digits + 2}f} to {one['high']:.{digits + 2}f}, n = {one['n']})"
+    )
+
+
+def _calibration(reward: Json) -> str:
+    return f"{reward['calibration']['ece']:.3f}, {reward['calibration']['temperature']:.2f}"
+
+
+def put(section: str) -> None:
+    """Replaces the section of the page."""
+    before, _, rest = PAGE.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    PAGE.write_text(f"{before}{BEGIN}\n{section}{END}{after}")
 
 
 def main() -> None:
@@ -173,7 +244,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the runs are")
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint's folder")
     parser.add_argument("--precision", default="bfloat16")
-    parser.add_argument("--updates", type=int, default=60, help="of PPO")
+    parser.add_argument("--updates", type=int, default=40, help="of PPO")
     parser.add_argument("--until", choices=RECIPES, default="ppo", help="the last step")
     parser.add_argument("--write", action="store_true", help="put the figures into docs/learning.md")
     how = parser.parse_args()
@@ -189,6 +260,12 @@ def main() -> None:
         step(name, method, model, folder, [*common, *changes])
         if name == how.until:
             break
+    if how.until == "ppo":
+        asked = f"python -m benchmarks.learning {how.pairs.name} FOLDER --updates {how.updates}"
+        section = figures(folder, sizes, f"{asked} --precision {how.precision}")
+        print(section)
+        if how.write:
+            put(section)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from sqlalchemy import text
 
-from app.records import Tenant, Turn, new_id
+from app.records import Tenant, Turn, new_id, row_id
 from app.store import Store
 from guardrails.types import Action, Finding, Hit, Message, Verdict
 from tests.postgres import Cluster, programs
@@ -34,8 +34,8 @@ HISTORY = (Message("system", "You answer questions about work."),)
 def turn(conversation: str = "", **changes: object) -> Turn:
     """A turn as it begins: allowed by every rule."""
     plain = Turn(
-        id=new_id("chatcmpl-"),
-        conversation=conversation or new_id("conv_"),
+        id=row_id("chatcmpl-"),
+        conversation=conversation or row_id("conv_"),
         tenant="acme",
         key="key_1",
         policy="hr@3f2c9a1b7d5e",
@@ -130,7 +130,7 @@ async def blocked(store: Store, count: int) -> tuple[float, float]:
 
 async def room(store: Store, length: int, linked: bool) -> int:
     """The bytes that the histories, questions and replies of a conversation of so many turns take."""
-    conversation, talk, parent = new_id("conv_"), list(HISTORY), ""
+    conversation, talk, parent = row_id("conv_"), list(HISTORY), ""
     for number in range(length):
         one = turn(conversation, history=tuple(talk), parent=parent if linked else "", asked=f"{number}: {QUESTION}")
         await store.keep(end(one, f"{number}: {ANSWER}"))

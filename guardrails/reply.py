@@ -13,8 +13,8 @@ import asyncio
 import json
 from bisect import insort
 from collections.abc import Callable, Collection, Coroutine, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 
 from guardrails.arguments import Arguments
 from guardrails.engine import Guard, judge
@@ -31,8 +31,7 @@ NOT_OFFERED_REPLY = "The answer was stopped, because it would have used a tool t
 UNDECIDED = Verdict(Action.ALLOW, "")
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """What may be released in a channel now; the first piece of a tool call has its `name`."""
 
     channel: str
@@ -135,10 +134,11 @@ class Reply:
         if self._stopped:
             return []
         part = self._parts.get(channel) or self._part(channel)
-        if not part.begun:
-            part.name += name
-        if delta and _is_call(channel) and not self._begin(channel, part):
-            return []
+        if part.calls:
+            if not part.begun:
+                part.name += name
+            if delta and not self._begin(channel, part):
+                return []
         return self._release(channel, part.feed(delta)) if delta else []
 
     async def ask(self) -> list[Piece]:
@@ -188,7 +188,7 @@ class Reply:
         self._unread = channel == CONTENT and not (self._streamed or self._parts)
         if kind == ARGUMENTS:
             insort(self._calls, channel, key=_order)
-        part = _Part(self._plan.of_channel(kind), self._context, in_json, not self._unread)
+        part = _Part(self._plan.of_channel(kind), self._context, kind == ARGUMENTS, in_json, not self._unread)
         self._parts[channel] = part
         return part
 
@@ -219,10 +219,13 @@ class Reply:
         A call that its rules want to have redacted is left out.
         """
         part = self._parts[channel]
+        if not part.calls:
+            part.given.append(text)
+            return [Piece(channel, text)] if text else []
         if not (text or part.waiting or final):
             return []
         part.waiting += text
-        if _is_call(channel) and (part.call.action is Action.REDACT or (self._held and not final)):
+        if part.call.action is Action.REDACT or (self._held and not final):
             return []
         opening = part.name if final or part.waiting else ""
         piece = Piece(channel, part.waiting, "" if part.opened else opening)
@@ -276,14 +279,14 @@ async def _each(jobs: Sequence[Coroutine[Any, Any, T]]) -> list[T]:
 class _Part:
     """One channel: its guard, what was given out of it, and what was decided about it at its end.
 
-    waiting: what its rules have released and is not given out yet. call: the verdict on the whole tool call. begun: its
-    arguments have begun; opened: its name was given out.
+    calls: whether it is a tool call. waiting: what of one its rules have released and is not given out yet. call: the
+    verdict on the whole of it. begun: its arguments have begun; opened: its name was given out.
     """
 
-    __slots__ = ("_json", "begun", "call", "given", "guard", "name", "opened", "verdict", "waiting")
+    __slots__ = ("_json", "begun", "call", "calls", "given", "guard", "name", "opened", "verdict", "waiting")
 
-    def __init__(self, rules: Sequence[Rule], context: Context | None, in_json: bool, growing: bool):
-        self._json = Arguments() if in_json else None
+    def __init__(self, rules: Sequence[Rule], context: Context | None, calls: bool, in_json: bool, growing: bool):
+        self.calls, self._json = calls, Arguments() if in_json else None
         self.guard = Guard(rules, context, self._json.placeholder if self._json else None, growing)
         self.verdict = self.call = UNDECIDED
         self.given = list[str]()

@@ -15,7 +15,8 @@ HEADING = "## Gateway (`benchmarks/gateway.py`)"
 INK, SOFT, LINE, OWN, PEER = "#1f2328", "#59636e", "#d8dee4", "#0969da", "#8c959f"
 
 Figures = dict[str, float]
-"""Of one way, by name: requests, cpu, p50, p99, bad; frames, frame_cpu, gap50, gap99, ttft50, stalls, rss."""
+"""Of one way, by name: requests, cpu, p50, p99, bad, rss; of streams frames, tokens, frame_cpu, gap50, gap99, pause,
+stalls, ttft50, ttft99, ttft, stream_bad, stream_rss."""
 
 
 @dataclass(slots=True)
@@ -61,12 +62,16 @@ def stream_rows(results: Results) -> Iterable[list[str]]:
         silent = f", {row['stream_bad']:.0f} streams without an answer" if row["stream_bad"] else ""
         said = [name, f"{row['frames']:,.0f}{silent}"]
         if not row["frames"]:
-            yield [*said, *[""] * 5, f"{row['stream_rss']:.0f}"]
+            yield [*said, *[""] * 9, f"{row['stream_rss']:.0f}"]
             continue
-        own, times = name == "direct", ("gap50", "gap99", "ttft50")
-        told = [ms(row[one]) if own else ms(results.added(name, one)) for one in times]
+        own = name == "direct"
+        joined = f"{row['tokens'] / row['frames']:.2f}"
         cpu, rss = ("", "") if own else (f"{row['frame_cpu']:,.1f}", f"{row['stream_rss']:.0f}")
-        yield [*said, cpu, f"{row['stalls']:,.0f}", *told, rss]
+        gaps, starts = (
+            [ms(row[one]) if own else ms(results.added(name, one)) for one in names]
+            for names in (("gap50", "gap99"), ("ttft50", "ttft99", "ttft"))
+        )
+        yield [*said, joined, cpu, f"{row['stalls']:,.0f}", ms(row["pause"]), *gaps, *starts, rss]
 
 
 INTRODUCTION = """`python benchmarks/gateway.py --write` measures all of this in one run and writes this section.
@@ -79,12 +84,13 @@ WHOLE = """### Whole replies
 latency with one. In brackets: how many times the floor's CPU."""
 STREAMS = """### Streams
 
-{streams} streams of 50 tokens a second each ({frames:,} frames/s, if the way can follow). A stall is a pause of more
-than 250 ms. The first row has the gaps and the time to the first event themselves, the others what is added. Where a
-way cannot follow, pieces come in bursts: the gap's p50 is then less than nothing."""
+{streams} streams of 50 tokens a second each ({frames:,} tokens/s, if the way can follow) that begin within {start:g} s.
+A stall is a pause of more than 250 ms. Where a core is not enough for a frame a token, newel puts more tokens into one.
+The first row has the gaps and the time to the first event themselves, the others what is added; the longest pause is
+the way's own. Where a way cannot follow, pieces come in bursts: the gap's p50 is then less than nothing."""
 
 
-def section(results: Results, streams: int, rounds: int, seconds: float, picture: str) -> str:
+def section(results: Results, streams: int, rounds: int, seconds: float, picture: str, start: float = 1.0) -> str:
     """The section of the page, from its heading on."""
     ways = [[name, how] for name, how in results.about.items()]
     ways += [[name, f"left out: {why}"] for name, why in results.missing.items()]
@@ -92,11 +98,15 @@ def section(results: Results, streams: int, rounds: int, seconds: float, picture
     spoken = [
         "way",
         "frames/s",
+        "tokens a frame",
         "CPU us a frame",
         "stalls",
+        "longest pause, ms",
         "gap p50, ms",
         "gap p99, ms",
-        "first event, ms",
+        "first event p50, ms",
+        "p99",
+        "longest",
         "memory, MB",
     ]
     where = f"{platform.machine()}, {os.cpu_count()} shared cores, {time.strftime('%Y-%m-%d')}"
@@ -108,7 +118,7 @@ def section(results: Results, streams: int, rounds: int, seconds: float, picture
         WHOLE,
         table(whole, whole_rows(results)),
         *(
-            [STREAMS.format(streams=streams, frames=streams * 50), table(spoken, stream_rows(results))]
+            [STREAMS.format(streams=streams, frames=streams * 50, start=start), table(spoken, stream_rows(results))]
             if streams
             else []
         ),

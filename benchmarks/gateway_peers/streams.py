@@ -1,13 +1,15 @@
-"""Many streams at once, as one JSON line: `python streams.py '{"url", "headers", "body", "streams", "seconds"}'`.
+"""Many streams at once: `python streams.py '{"url", "headers", "body", "streams", "seconds", "start"}'` writes a line.
 
-The streams begin spread over a second; what is counted is a window of `seconds` after another one. gaps: milliseconds
-between two reads of one stream. stalls: gaps of more than 250 ms, and streams that said nothing in the window.
+The streams begin spread over `start` seconds; what is counted is a window of `seconds` after another one. gaps:
+milliseconds between two reads of one stream. stalls: pauses of more than 250 ms, a stream that says nothing in the
+window among them; pause: the longest. tokens: a word of the engine's is one, whichever frame it came in.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import statistics
 import sys
 import time
@@ -18,6 +20,7 @@ from urllib.parse import urlsplit
 import uvloop
 
 STALL = 0.25
+CONTENT = re.compile(rb'"content": ?"((?:[^"\\]|\\.)*)"')
 
 
 class Stream(asyncio.Protocol):
@@ -27,7 +30,7 @@ class Stream(asyncio.Protocol):
         self.request = request
         self.began = self.last = 0.0
         self.first = 0.0
-        self.reads: list[tuple[float, int]] = []
+        self.reads: list[tuple[float, int, int]] = []
         self.status = b""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -42,31 +45,42 @@ class Stream(asyncio.Protocol):
         events = data.count(b"data: ")
         if events:
             self.first = self.first or now
-            self.reads.append((now, events))
+            self.reads.append((now, events, sum(said.count(b" ") for said in CONTENT.findall(data))))
 
 
 def counted(streams: list[Stream], start: float, end: float) -> dict[str, Any]:
     """What is told of the window from `start` to `end`."""
-    gaps, events, stalls = [], 0, 0
+    gaps, pauses, frames, tokens = list[float](), list[float](), 0, 0
     for one in streams:
-        window = [(at, many) for at, many in one.reads if start <= at < end]
-        events += sum(many for _, many in window)
-        times = [start, *(at for at, _ in window), end]
+        window = [read for read in one.reads if start <= read[0] < end]
+        frames += sum(many for _, many, _ in window)
+        tokens += sum(many for _, _, many in window)
+        times = [start, *(at for at, _, _ in window), end]
         between = [later - earlier for earlier, later in pairwise(times)]
         gaps += between[1:-1]
-        stalls += sum(gap > STALL for gap in between)
+        pauses += between
     first = [one.first - one.began for one in streams if one.first]
-    cuts = statistics.quantiles(gaps, n=100) if len(gaps) > 1 else [0.0] * 99
-    starts = statistics.quantiles(first, n=100) if len(first) > 1 else [0.0] * 99
-    bad = sum(one.status != b"200" for one in streams)
-    figures = {"p50": cuts[49] * 1e3, "p99": cuts[98] * 1e3, "ttft50": starts[49] * 1e3, "ttft99": starts[98] * 1e3}
-    return figures | {"frames": events, "stalls": stalls, "bad": bad, "seconds": end - start}
+    cuts = statistics.quantiles(gaps, n=100, method="inclusive") if len(gaps) > 1 else [0.0] * 99
+    starts = statistics.quantiles(first, n=100, method="inclusive") if len(first) > 1 else [0.0] * 99
+    return {
+        "p50": cuts[49] * 1e3,
+        "p99": cuts[98] * 1e3,
+        "pause": max(pauses, default=0.0) * 1e3,
+        "ttft50": starts[49] * 1e3,
+        "ttft99": starts[98] * 1e3,
+        "ttft": max(first, default=0.0) * 1e3,
+        "frames": frames,
+        "tokens": tokens,
+        "stalls": sum(pause > STALL for pause in pauses),
+        "bad": sum(one.status != b"200" for one in streams),
+        "seconds": end - start,
+    }
 
 
 async def main() -> None:
     asked = json.loads(sys.argv[1])
     url = urlsplit(asked["url"])
-    streams = []
+    streams, opening = list[Stream](), list[asyncio.Future[Any]]()
     loop = asyncio.get_running_loop()
     for number in range(asked["streams"]):
         body = asked["body"].replace("@@@@@@@", f"{number:07d}").encode()
@@ -74,9 +88,11 @@ async def main() -> None:
         lines += [f"{name}: {value}" for name, value in asked["headers"].items()]
         request = "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body
         stream = Stream(request)
-        await loop.create_connection(lambda stream=stream: stream, url.hostname, url.port)  # type: ignore[misc]
         streams.append(stream)
-        await asyncio.sleep(1 / asked["streams"])
+        opening.append(asyncio.ensure_future(loop.create_connection(lambda it=stream: it, url.hostname, url.port)))
+        if asked["start"]:
+            await asyncio.sleep(asked["start"] / asked["streams"])
+    await asyncio.gather(*opening)
     await asyncio.sleep(1)
     print("counting", flush=True)
     start = time.perf_counter()

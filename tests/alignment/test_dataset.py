@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from alignment.dataset import DatasetError, overlap, overlaps, prompt_of, read, told, without
-from alignment.records import BadRecords, Demonstration, PreferencePair, Prompt, Rating, to_json
-from guardrails.types import Message
+from alignment.records import BadRecords, Demonstration, PreferencePair, Prompt, Rating, from_json, to_json
+from alignment.records import written as to_messages
+from guardrails.types import Message, ToolMessage
 
 USER, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "Hi?"), ("assistant", "Yes."), ("assistant", "No.")))
 ASKED, YES, NO = Message("user", "Hi?"), Message("assistant", "Yes."), Message("assistant", "No.")
@@ -105,7 +106,11 @@ BROKEN = {
     f'{{"messages": [{HI}, {{"role": "assistant", "content": ""}}]}}': "must end with what the assistant said",
     f'{{"messages": [{{"role": "wizard", "content": "Hi?"}}, {json.dumps(GOOD)}]}}': "messages.0.role: ",
     f'{{"messages": [{{"role": "user"}}, {json.dumps(GOOD)}]}}': "messages.0.content: ",
-    '{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}': "messages.0: tool calls are not trained",
+    '{"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}': "messages.0.tool_calls.0: a call has a",
+    f'{{"messages": [{HI}, {{"role": "user", "tool_calls": [{{}}]}}]}}': "messages.1.tool_calls: a list of calls",
+    f'{{"messages": [{HI}, {json.dumps(GOOD)}], "tools": "["}}': "tools: no JSON",
+    f'{{"messages": [{HI}, {json.dumps(GOOD)}], "tools": [{{"name": 1}}]}}': "tools.0: a tool is ",
+    f'{{"messages": [{HI}, {json.dumps(GOOD)}], "weight": -1}}': "weight is at least 0",
     '{"prompt": "Hi?"}': "it is a Prompt by its columns, not a Demonstration",
     '{"prompt": 5, "completion": "Yes."}': "prompt: neither a text nor a list of messages",
 }
@@ -170,3 +175,51 @@ def test_prompts_that_two_sets_share_are_found_and_taken_out() -> None:  # D8
     assert [one.prompt[1].content for one in without(theirs, found)] == ["Fresh question", "Something else"]
     assert overlaps({"train": ours, "eval": theirs, "other": prompts("Nothing")}) == [found]
     assert told([found]) == "train and eval: 1 prompts are the same, 1 nearly\n  rows of eval: 2, 3"
+
+
+SCHEMA = {"type": "function", "function": {"name": "light", "parameters": {"type": "object"}}}
+CALLS = [
+    USER,
+    {
+        "role": "assistant",
+        "tool_calls": [{"type": "function", "function": {"name": "light", "arguments": {"on": True}}}],
+    },
+    {"role": "tool", "name": "light", "content": "done"},
+    GOOD,
+]
+CALLED = (
+    ASKED, ToolMessage("assistant", '{"on":true}', "", "light"), ToolMessage("tool", "done", "", "light"), YES,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("tools", [[SCHEMA], json.dumps([SCHEMA]), [SCHEMA["function"]]])
+def test_calls_of_tools_are_read_as_trl_has_them_and_written_so_again(tmp_path: Path, tools: Any) -> None:
+    [one] = read(written(tmp_path / "rows.jsonl", {"messages": CALLS, "tools": tools, "split": "train"})).records
+    assert one == Demonstration(messages=CALLED, tools=(json.dumps(SCHEMA, separators=(",", ":")),))
+    again = json.loads(to_json(one))
+    assert again["tools"] == [SCHEMA]
+    assert again["messages"] == [USER, CALLS[1] | {"content": ""}, CALLS[2], GOOD]
+    assert from_json(Demonstration, to_json(one)) == one
+    assert prompt_of(one) == CALLED[:3]
+
+
+def test_arguments_may_be_json_and_results_are_named_after_the_call_with_their_id(tmp_path: Path) -> None:
+    call = {"id": "c1", "function": {"name": "light", "arguments": '{"on": true}'}}
+    talk = [USER, {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c1", "content": "done"}, GOOD]  # fmt: skip
+    [one] = read(written(tmp_path / "rows.jsonl", {"prompt": talk[:1], "completion": talk[1:]})).records
+    assert isinstance(one, Demonstration) and one.turns == "all" and one.after == 1
+    assert to_messages(one.messages)[1]["tool_calls"][0]["function"]["arguments"] == {"on": True}
+    assert to_messages(one.messages)[2] == {"role": "tool", "content": "done", "tool_call_id": "c1", "name": "light"}
+
+
+def test_tables_give_calls_only_the_arguments_that_they_have(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    def row(**arguments: int) -> dict[str, Any]:
+        call = {"function": {"name": "f", "arguments": {"a": None, "b": None} | arguments}}
+        return {"messages": [USER, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+
+    Dataset.from_list([row(a=1), row(b=2)]).to_parquet(tmp_path / "rows.parquet")
+    found = read(tmp_path / "rows.parquet", Demonstration).records
+    assert [one.messages[1].content for one in found] == ['{"a":1}', '{"b":2}']

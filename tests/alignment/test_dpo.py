@@ -120,6 +120,17 @@ def test_losses_are_those_of_the_papers(changes: dict[str, Any]) -> None:
         assert part.sums["accuracy"] == sum(a > b for a, b in gains)
 
 
+def test_margins_are_taken_from_the_lead_and_weights_multiply_losses() -> None:
+    model = stirred()
+    rows = [replace(shared(a, b), weight=w) for (a, b), w in zip(apart(model)[:2], (3.0, 0.5), strict=True)]
+    references = reference(model, rows, 1000)
+    part = loss(model, rows, references, HOW, torch.tensor([0.7, 0.0]))
+    gains = [[said(model, one, ADAPTER) - said(model, one, None) for one in pair] for pair in apart(model)[:2]]
+    leads = [HOW.beta * (a - b) - m for (a, b), m in zip(gains, (0.7, 0.0), strict=True)]
+    first, second = (math.log(1 + math.exp(-lead)) for lead in leads)
+    assert float(part.loss.detach()) == pytest.approx(3 * first + 0.5 * second, abs=1e-4) and part.count == 3.5
+
+
 def test_replay_adds_the_surprise_a_token_of_the_chosen_replies() -> None:
     model = stirred()
     pairs = apart(model)
@@ -210,7 +221,11 @@ def test_ties_teach_nothing_and_longer_pairs_are_told(tmp_path: Path) -> None:
     how.data[0].write_text("\n".join(map(json.dumps, rows)) + "\n")
     told: list[str] = []
     train(how, told.append)
-    assert "1 of 5 rows are longer than 80 tokens and left out (max_length)" in told
+    [over] = [one for one in told if "longer than 80 tokens and left out (max_length" in one]
+    assert over.startswith("1 of 5 rows ") and over.endswith(": pairs.jsonl:8")
+    assert any(one.startswith("1 pairs are ties and left out") for one in told)
+    listed = json.loads((how.output / "data.json").read_text())["files"][0]
+    assert listed["rows"] == {"train": 6, "test": 2} and listed["left_out"] == {"tie": 1, "longer than max_length": 1}
     assert [one["count"] for one in metrics(how.output)] == [4]
 
 

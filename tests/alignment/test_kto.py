@@ -170,7 +170,7 @@ def test_longer_replies_are_told(tmp_path: Path) -> None:
     how.data[0].write_text("\n".join(map(json.dumps, rows)) + "\n")
     told: list[str] = []
     train(how, told.append)
-    assert any(one.startswith("1 of 9 replies are longer than 80 tokens") for one in told)
+    assert any(one.startswith("1 of 9 rows are longer than 80 tokens") for one in told)
     assert [one["count"] for one in metrics(how.output)] == [8]
 
 

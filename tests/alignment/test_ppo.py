@@ -13,7 +13,8 @@ from torch import Tensor
 from alignment.loop import Adam, Diverged, Parallel
 from alignment.lora import LoraShape
 from alignment.model import Model
-from alignment.ppo import CRITIC, POLICY, VALUE, Experience, Kl, Ppo, Settings
+from alignment.ppo import Experience, Kl, Ppo, Settings
+from alignment.roles import CRITIC, POLICY, VALUE
 from alignment.rollout import Local, Reply
 from alignment.tokens import Row, batch
 from tests.alignment import tiny

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from alignment import report
-from alignment.report import Series, limits, path, series, shown, smoothed, thinned, ticks, write
+from alignment.report import plots, write
+from alignment.report.plots import Series, limits, path, series, shown, smoothed, thinned, ticks
 
 VOID = {"meta", "path", "rect", "circle", "wbr"}
 
@@ -247,15 +248,15 @@ def test_a_moving_mean_keeps_gaps_and_no_spike_moves_it():
 
 
 def test_a_line_is_broken_at_gaps_and_a_lone_point_is_a_dot():
-    x = report.Scale(0, 4, 40)
-    y = report.Scale(0, 1, 10, up=True)
+    x = plots.Scale(0, 4, 40)
+    y = plots.Scale(0, 1, 10, up=True)
     assert path([(0, 0), (1, 1), (2, None), (3, 0.5), (4, None)], x, y) == "M0 10L10 0M30 5h0"
 
 
 def test_a_band_is_broken_at_gaps():
-    x, y = report.Scale(0, 4, 40), report.Scale(0, 10, 10, up=True)
+    x, y = plots.Scale(0, 4, 40), plots.Scale(0, 10, 10, up=True)
     one = Series("a", [(0, 5), (1, 6), (2, None), (3, 5)], [1, 2, None, 0])
-    assert report.band(one, [0, 1, 2, 3], x, y) == "M0 4L10 2L10 6L0 6ZM30 5L30 5Z"
+    assert plots.band(one, [0, 1, 2, 3], x, y) == "M0 4L10 2L10 6L0 6ZM30 5L30 5Z"
 
 
 def test_one_spike_does_not_flatten_the_rest_and_is_told(tmp_path):

@@ -20,6 +20,7 @@ from alignment.records import PreferencePair, to_json
 from alignment.reward import (
     Item,
     Pair,
+    Pooling,
     Recipe,
     RewardModel,
     Together,
@@ -36,7 +37,7 @@ from alignment.reward import (
     uncertainty,
 )
 from alignment.rollout import Reply
-from alignment.tokens import Row
+from alignment.tokens import Row, batch
 from guardrails.types import Message
 from tests.alignment import tiny
 
@@ -433,3 +434,25 @@ def test_recipes_that_cannot_be_are_refused() -> None:
         replace(HOW, members=0)
     with pytest.raises(ValueError, match="smoothing"):
         replace(HOW, smoothing=0.5)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "both"])
+def test_a_score_of_all_tokens_is_the_same_alone_and_beside_another_and_after_a_load(
+    pooling: Pooling, tmp_path: Path
+) -> None:
+    made = RewardModel.new(tiny.model(0), 1, ["reward"], SHAPE, pooling=pooling)
+    for one in made.parameters(made.members[0]):
+        torch.nn.init.normal_(one, std=0.1)
+    pairs = some(made)
+    with torch.no_grad():
+        chosen, rejected = made.compared([pairs], made.members[0])
+        apart = made.compared([[one] for one in pairs], made.members[0], once=False)
+    assert torch.allclose(chosen, apart[0], atol=1e-5) and torch.allclose(rejected, apart[1], atol=1e-5)
+    rows = [one.chosen for one in pairs]
+    states = made.model.states(batch([[rows[0]]]), made.members[0])[0, torch.tensor(rows[0].trained)].detach()
+    read = states.mean(0) if pooling == "mean" else torch.cat([states[-1], states.mean(0)])
+    by_hand = made.model.heads[made.members[0]](read).detach()
+    scores = made.scores(rows)[0]
+    assert float(by_hand) == pytest.approx(float(scores[0]), abs=1e-5)
+    loaded = RewardModel.load(tiny.model(0), made.save(tmp_path))
+    assert loaded.pooling == pooling and torch.allclose(loaded.scores(rows)[0], scores, atol=1e-6)

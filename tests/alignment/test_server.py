@@ -8,6 +8,7 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,24 @@ def test_a_server_that_is_not_there_says_so(tmp_path: Path) -> None:
     model = tiny.model()
     model.adapt(POLICY, LoraShape(4, 8.0))
     with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:9/v1/load_lora_adapter cannot be reached"):
-        Server("http://127.0.0.1:9/v1", model, POLICY, tmp_path).draw([(1, 2)], 1, 4, 1.0, 0)
+        Server("http://127.0.0.1:9/v1", model, POLICY, tmp_path, Parallel("cpu")).draw([(1, 2)], 1, 4, 1.0, 0)
+
+
+class Second(Parallel):
+    """The second of two processes, of which the first is not here."""
+
+    leads = False  # type: ignore[assignment]
+
+    def gathered(self, items: Any) -> Any:
+        return ["first", *items]
+
+
+def test_only_the_leading_process_sends_the_adapter(tmp_path: Path) -> None:
+    model = tiny.model()
+    model.adapt(POLICY, LoraShape(4, 8.0))
+    second = Server("http://127.0.0.1:9/v1", model, POLICY, tmp_path, Second("cpu"))
+    assert [second.push(), second.push()] == ["policy-first-1", "policy-first-2"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +70,8 @@ def url(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
     port, log = free_port(), tmp_path_factory.mktemp("vllm") / "log"
     args = ["--model", model.name, "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager"]
     args += ["--max-model-len", "512", "--max-num-seqs", "16", *SERVED]
-    env = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    env = os.environ | {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_SERVER_DEV_MODE": "1"}
+    env |= {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
     with log.open("wb") as out:
         command = [python, "-m", "vllm.entrypoints.openai.api_server", *args]
         process = subprocess.Popen(command, stdout=out, stderr=out, env=env, start_new_session=True)
@@ -81,7 +100,7 @@ def test_vllm_says_the_trainers_greedy_tokens_before_and_after_the_adapter_has_c
     model: Model, url: str, tmp_path: Path
 ) -> None:  # E2
     prompts = [model.template.prompt([Message("user", text)]) for text in QUESTIONS]
-    server, local = Server(url, model, POLICY, tmp_path), Local(model, POLICY)
+    server, local = Server(url, model, POLICY, tmp_path, Parallel("cpu")), Local(model, POLICY)
     for _ in range(2):
         mine, theirs = (one.draw(prompts, 1, 32, 0.0, 0) for one in (local, server))
         assert [one.ids for one in theirs] == [one.ids for one in mine]
@@ -96,7 +115,7 @@ def test_vllm_says_the_trainers_greedy_tokens_before_and_after_the_adapter_has_c
 @pytest.mark.model
 def test_what_vllm_drew_has_the_chances_that_the_trainer_says(model: Model, url: str, tmp_path: Path) -> None:  # B4
     prompts = [model.template.prompt([Message("user", text)]) for text in QUESTIONS]
-    drawn = Server(url, model, POLICY, tmp_path).draw(prompts, 3, 12, 0.7, 0)
+    drawn = Server(url, model, POLICY, tmp_path, Parallel("cpu")).draw(prompts, 3, 12, 0.7, 0)
     assert len(drawn) == 9 and [one.prompt for one in drawn] == [prompt for prompt in prompts for _ in range(3)]
     some = batch([[one.row] for one in drawn])
     with torch.no_grad():
@@ -115,7 +134,7 @@ def test_an_update_of_ppo_on_vllms_replies(model_dir: Path, url: str, tmp_path: 
         return torch.tensor([1.0 / len(one.ids) for one in replies])  # type: ignore[attr-defined]
 
     made = Ppo(fresh, how, Local(fresh, POLICY), short, Adam(lr=1e-4, warmup=0), 2, Parallel("cpu"), LoraShape(8, 16.0))
-    made.engine = Server(url, fresh, POLICY, tmp_path)
+    made.engine = Server(url, fresh, POLICY, tmp_path, Parallel("cpu"))
     prompts = [fresh.template.prompt([Message("user", text)]) for text in QUESTIONS]
     found = made.update(prompts, 0)
     assert found["policy/farthest"] == 0 and abs(found["engine/k1"]) < 1e-3
@@ -127,5 +146,24 @@ def test_an_update_of_ppo_on_vllms_replies(model_dir: Path, url: str, tmp_path: 
 def test_vllm_refuses_what_it_cannot_load(model: Model, url: str, tmp_path: Path) -> None:
     wide = Model.load(Path(model.name))
     wide.adapt(POLICY, LoraShape(128, 128.0))
-    with pytest.raises(ServerError, match=r"load_lora_adapter: HTTP .*start vLLM with --enable-lora --max-lora"):
-        Server(url, wide, POLICY, tmp_path).push()
+    with pytest.raises(
+        ServerError, match=r"load_lora_adapter: HTTP .*start vLLM with VLLM_ALLOW_\w+=1 and --enable-lora"
+    ):
+        Server(url, wide, POLICY, tmp_path, Parallel("cpu")).push()
+
+
+@pytest.mark.vllm
+@pytest.mark.model
+def test_vllm_says_the_trainers_greedy_tokens_before_and_after_all_weights_have_changed(
+    model_dir: Path, url: str, tmp_path: Path
+) -> None:  # E2; the last one here, for the server's weights are others then
+    whole = Model.load(model_dir, frozen=False)
+    prompts = [whole.template.prompt([Message("user", text)]) for text in QUESTIONS]
+    server, local, said = Server(url, whole, None, tmp_path, Parallel("cpu")), Local(whole, None), []
+    for _ in range(2):
+        mine, theirs = (one.draw(prompts, 1, 32, 0.0, 0) for one in (local, server))
+        assert [one.ids for one in theirs] == [one.ids for one in mine]
+        said.append([one.ids for one in mine])
+        with torch.no_grad():
+            whole.base.model.layers[3].mlp.down_proj.weight.mul_(0.3)
+    assert said[0] != said[1] and [one.name[-2:] for one in tmp_path.iterdir()] == ["-2"]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from alignment.model import Model
-from alignment.tokens import Row, Template, TemplateError, batch, fitting, plan, schedule, shared
-from guardrails.types import Message
+from alignment.tokens import Row, Template, TemplateError, batch, plan, schedule, shared
+from guardrails.types import Message, ToolMessage
 from tests.alignment import tiny
 
 TALK = (Message("user", "Hi"), Message("assistant", "Yes."), Message("user", "Why?"), Message("assistant", "So."))
@@ -184,7 +184,51 @@ def test_an_epoch_has_every_row_once_in_updates_of_their_size() -> None:
         assert sorted(i for one in epoch for part in one for line in part for i in line) == list(range(70))
 
 
-def test_rows_that_are_too_long_are_left_out_and_counted() -> None:
-    told: list[str] = []
-    assert [len(row) for row in fitting([Row((1,) * n, (True,) * n) for n in (3, 9, 4)], 5, told.append)] == [3, 4]
-    assert told == ["1 of 3 rows are longer than 5 tokens and left out (max_length)"]
+QWEN = (  # as Qwen2.5's: definitions in the system turn, calls as JSON in tags, results as the user's
+    "{% if tools %}<|im_start|>system\n{% for t in tools %}{{ t | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ 'user' if m.role == 'tool' else m.role }}\n"
+    "{% if m.role == 'tool' %}<tool_response>{{ m.content }}</tool_response>{% else %}{{ m.content }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}<tool_call>"
+    "{{ {'name': c.function.name, 'arguments': c.function.arguments} | tojson }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+JOINS = QWEN.replace("c.function.arguments} | tojson", "'' + c.function.arguments} | tojson")
+TOOL = '{"type":"function","function":{"name":"light","parameters":{"type":"object"}}}'
+LIT: tuple[Message, ...] = (
+    Message("user", "Lights!"), Message("assistant", "Well."), ToolMessage("assistant", '{"on": true}', "c1", "light"),
+    ToolMessage("tool", "done", "c1", ""), Message("assistant", "They are on."),
+)  # fmt: skip
+
+
+def test_calls_of_tools_are_trained_their_definitions_and_results_are_not() -> None:
+    made = Template(tiny.tokenizer(QWEN))
+    row = made.conversation(LIT, tools=[TOOL])
+    call = 'Well.<tool_call>{"name": "light", "arguments": {"on": true}}</tool_call><|im_end|>'
+    assert trained_text(made.tokenizer, row) == call + "They are on.<|im_end|>"
+    whole = made.tokenizer.decode(row.ids)
+    assert '"parameters"' in whole and "<tool_response>done</tool_response>" in whole
+    assert trained_text(made.tokenizer, made.reply(LIT[:1], LIT[1:3], [TOOL])) == call
+    assert trained_text(made.tokenizer, made.reply(LIT[:1], LIT[1:], [TOOL])) == call + "They are on.<|im_end|>"
+    assert trained_text(made.tokenizer, made.reply(LIT[:4], LIT[4:], [TOOL])) == "They are on.<|im_end|>"
+    assert made.reply(LIT[:4], LIT[4:], [TOOL]).prompt == made.prompt(LIT[:4], [TOOL])
+
+
+def test_a_template_that_joins_arguments_to_its_text_gets_them_as_a_text() -> None:
+    made = Template(tiny.tokenizer(JOINS))
+    assert '"arguments": "{\\"on\\": true}"' in made.text(LIT)
+
+
+@pytest.mark.parametrize(
+    ("template", "talk", "tools", "said"),
+    [
+        (tiny.CHATML, TALK[:2], [TOOL], "does not write the definition of the tool light"),
+        (tiny.CHATML, LIT, [], "does not write the call of light in message 1"),
+        (QWEN.replace("{{ m.content }}</tool", "</tool"), LIT, [], "does not write the tool's result in message 2"),
+        ("{{ raise_exception('roles must alternate') }}", TALK, [], "turns it down: roles must alternate"),
+    ],
+)
+def test_a_template_that_does_not_write_tools_says_so(
+    template: str, talk: tuple[Message, ...], tools: list[str], said: str
+) -> None:
+    with pytest.raises(TemplateError, match=said):
+        Template(tiny.tokenizer(template)).conversation(talk, tools=tools)

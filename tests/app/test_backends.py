@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any
+from unittest.mock import Mock
 
 import aiohttp
 import aiohttp.web
 import pytest
+from aiohttp.base_protocol import BaseProtocol
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -19,6 +22,7 @@ from app.backends import Alarm, OpenAIBackend, Prompt, Timeouts, Upstream, writt
 from app.frames import (
     BackendError,
     CallDelta,
+    Chunks,
     Delta,
     More,
     events,
@@ -385,26 +389,110 @@ async def test_frames_that_came_in_one_read_are_told_as_one_piece_with_their_cou
     assert "".join(one.text for one in pieces) == "abcdef" and sum(one.pieces for one in pieces if one.text) == 6
 
 
+async def bytes_of(content: aiohttp.StreamReader, after: float, data: bytes) -> None:
+    await asyncio.sleep(after)
+    content.feed_data(data)
+
+
+def stream_reader() -> aiohttp.StreamReader:
+    protocol = BaseProtocol(asyncio.get_running_loop())
+    protocol.transport = Mock()
+    return aiohttp.StreamReader(protocol, 2**16)
+
+
 async def test_an_alarm_rings_for_the_wait_that_is_too_long_and_for_no_other() -> None:
-    clock = asyncio.get_running_loop().time
-    with closing(Alarm()) as alarm:
+    clock, content = asyncio.get_running_loop().time, stream_reader()
+    with closing(Alarm(content)) as alarm:
         for _ in range(3):
-            assert await alarm.within(clock() + 0.2, asyncio.sleep(0.1, "done")) == "done"  # 0.3 s in all
+            coming = asyncio.create_task(bytes_of(content, 0.1, b"data"))
+            assert await alarm.read(clock() + 0.2, False) == b"data"  # 0.3 s in all
+            await coming
         await asyncio.sleep(0.3)  # nobody waits
         began = clock()
         with pytest.raises(TimeoutError):
-            await alarm.within(began + 0.1, asyncio.sleep(5))
+            await alarm.read(began + 0.1, False)
         assert clock() - began < 1
-        assert await alarm.within(clock() + 5, asyncio.sleep(0, "again")) == "again"
+
+
+async def test_an_engine_that_has_finished_and_says_no_more_has_come_to_its_end() -> None:
+    clock, content = asyncio.get_running_loop().time, stream_reader()
+    with closing(Alarm(content)) as alarm:
+        assert await alarm.read(clock() + 0.05, True) == b""
 
 
 async def test_a_task_that_is_cancelled_while_an_alarm_is_set_is_cancelled() -> None:
     async def waiting() -> None:
-        with closing(Alarm()) as alarm:
-            await alarm.within(asyncio.get_running_loop().time() + 30, asyncio.sleep(30))
+        with closing(Alarm(stream_reader())) as alarm:
+            await alarm.read(asyncio.get_running_loop().time() + 30, False)
 
     task = asyncio.create_task(waiting())
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+# --- chunks that are alike
+
+
+ALIKE = b'data: {"id": "c", "choices": [{"index": 0, "delta": {"content": %b}, "finish_reason": null}]}\n\n'
+ODD = [
+    b'data: {"id": "c", "choices": [{"index": 0, "delta": {"content": "x", "role": "r"}, "finish_reason": null}]}\n\n',
+    b'data: {"id": "c", "choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": "stop"}]}\n\n',
+    b'data: {"id": "c", "choices": [{"index": 0, "delta": {"content": "x"}, "mine": 1, "finish_reason": null}]}\n\n',
+    b'data:{"choices": [{"delta": {"content": "c"}}]}\r\n\r\n',
+    b": still here\n\n",
+    b'event: x\ndata: {"choices": [{"delta": {"reasoning": "hm"}}]}\n\n',
+    b'data: {"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}}\n\n',
+    ALIKE % b'"a", "tool_calls": [{"index": 0, "function": {"name": "f"}}], "content": "b"',
+    ALIKE % b"null",
+]
+TEXTS = st.text(max_size=4).map(lambda text: ALIKE % json.dumps(text, ensure_ascii=len(text) % 2 == 0).encode())
+
+
+def told(deltas: Iterable[Delta]) -> tuple[str, list[Delta]]:
+    """All that is said in pieces, and the pieces that are more than text."""
+    found = list(deltas)
+    return "".join(one.text for one in found), [one for one in found if not one.only_text and one != Delta()]
+
+
+@given(st.lists(st.one_of(TEXTS, TEXTS, TEXTS, st.sampled_from(ODD)), max_size=12), st.data())
+def test_chunks_say_the_same_however_much_they_are_alike(stream: Sequence[bytes], data: st.DataObject) -> None:
+    whole = b"".join(stream)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(whole)), max_size=6)))
+    if data.draw(st.booleans()):  # at the ends of events, as engines write them
+        cuts = [len(b"".join(stream[:place])) for place in range(len(stream))]
+    chunks = Chunks()
+    pieces = [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+    fed = [delta for piece in pieces for delta in chunks.feed(piece)]
+    assert told(fed) == told(map(read_chunk, reference(whole)))
+
+
+def test_a_chunk_like_the_last_one_is_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks = Chunks()
+    assert list(chunks.feed(ALIKE % b'"a"')) == [Delta("a")]
+    monkeypatch.setattr(frames, "read_chunk", None)
+    assert list(chunks.feed(ALIKE % b'"b"' + ALIKE % b'"\\u00fc"')) == [Delta("b\u00fc", lengths=(1, 1))]
+    assert chunks.came and not chunks.ended
+
+
+def test_an_engine_whose_chunks_are_never_alike_is_not_compared_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks, guesses, guess = Chunks(), list[bytes](), Chunks._guess
+
+    def counted(self: Chunks, event: bytes) -> None:
+        guesses.append(event)
+        guess(self, event)
+
+    monkeypatch.setattr(Chunks, "_guess", counted)
+    for number in range(50):
+        event = b'data: {"created": %d, "choices": [{"delta": {"content": "word"}}]}\n\n' % number
+        assert list(chunks.feed(event)) == [Delta("word")]
+    assert len(guesses) == frames.GUESSES
+
+
+@pytest.mark.parametrize("text", [b'"\xff"', b'"a\nb"', b'"a" "b"'])
+def test_a_chunk_like_the_last_one_that_is_no_json_is_a_broken_reply(text: bytes) -> None:
+    chunks = Chunks()
+    list(chunks.feed(ALIKE % b'"a"'))
+    with pytest.raises(BackendError, match="no chunk"):
+        list(chunks.feed(ALIKE % text))

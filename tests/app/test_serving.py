@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
+import uvicorn
+import uvloop
+
+from app import serving
+from app.serving import Doorway
 
 SCRIPT = '''
 import asyncio, socket, sys
@@ -122,3 +130,66 @@ async def test_a_server_that_does_not_start_leaves_the_other_one_closed(tmp_path
     assert process.returncode == 3
     with pytest.raises(OSError, match=r"."):
         socket.create_connection(("127.0.0.1", int(out.split()[1])), timeout=2).close()
+
+
+async def nothing(scope: Any, receive: Any, send: Any) -> None:
+    """An application that nobody asks."""
+
+
+async def opened(listener: socket.socket) -> Doorway:
+    """A server that serves the listener."""
+    server = Doorway(uvicorn.Config(nothing, lifespan="off", log_config=None))
+    server.config.load()
+    server.lifespan = server.config.lifespan_class(server.config)
+    await server.startup([listener])
+    return server
+
+
+async def turns_until(server: Doorway, connected: int) -> int:
+    """How many turns of the event loop it takes to serve so many."""
+    for turn in range(1000):
+        if len(server.server_state.connections) == connected:
+            return turn
+        await asyncio.sleep(0)
+    raise AssertionError(f"{len(server.server_state.connections)} of {connected} are served")
+
+
+def test_those_who_come_together_are_all_taken_within_a_few_turns_of_the_loop() -> None:
+    """uvloop by itself takes one a turn, and a turn is long where hundreds of streams are served."""
+
+    async def main(listener: socket.socket, ends: ExitStack) -> int:
+        server = await opened(listener)
+        for _ in range(100):
+            ends.enter_context(socket.create_connection(listener.getsockname(), timeout=5))
+        turns = await turns_until(server, 100)
+        await server.shutdown([listener])
+        return turns
+
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as listener, ExitStack() as ends:
+        assert uvloop.run(main(listener, ends)) < 15
+
+
+def test_where_the_system_has_no_room_for_a_connection_it_is_taken_a_moment_later(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(serving, "AGAIN", 0.05)
+    room = serving._waiting
+
+    def full(listener: socket.socket) -> Any:
+        monkeypatch.setattr(serving, "_waiting", room)
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async def main(listener: socket.socket) -> float:
+        server = await opened(listener)
+        monkeypatch.setattr(serving, "_waiting", full)
+        began = asyncio.get_running_loop().time()
+        with socket.create_connection(listener.getsockname(), timeout=5):
+            while not server.server_state.connections:
+                await asyncio.sleep(0.01)
+            took = asyncio.get_running_loop().time() - began
+        await server.shutdown([listener])
+        return took
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert 0.05 <= uvloop.run(main(listener)) < 3
+    assert "connections_spent" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import signal
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -31,7 +32,7 @@ from sqlalchemy import (
     update,
 )
 
-from app.records import Tenant, Turn, new_id, now
+from app.records import Tenant, Turn, new_id, now, row_id
 from app.store import Conflict, NotFound, Replayed, SpillFull, Store, StoreDown, tables
 from app.store import store as stores
 from app.store import writer as writers
@@ -832,3 +833,13 @@ def test_any_chain_of_histories_is_put_together_again(chain: list[tuple[T, str, 
     known = Records(turns)
     for place in reversed(range(len(chain))):
         assert known.history(f"t{place}") == (chain[place][0], True)
+
+
+def test_ids_of_rows_come_in_the_order_in_which_they_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = []
+    for millisecond in (1, 255, 256, 10**12):
+        monkeypatch.setattr("app.records.time.time_ns", lambda at=millisecond: at * 1_000_000)
+        ids.append(row_id("conv_"))
+    assert ids == sorted(ids)
+    assert all(re.fullmatch("conv_[0-9a-f]{36}", one) for one in ids)
+    assert row_id("conv_")[:17] == row_id("conv_")[:17] and row_id("conv_") != row_id("conv_")

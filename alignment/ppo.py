@@ -239,7 +239,7 @@ class Ppo:
         how, steps, metrics = self.settings, 0, dict[str, float]()
         each = min(self.parallel.gathered([min(how.minibatches, len(made.parts))]))  # the same in all processes
         for epoch in range(how.epochs):
-            for minibatch in _shuffled(made.parts, each, f"{seed}:{epoch}"):
+            for k, minibatch in enumerate(_shuffled(made.parts, each, f"{seed}:{epoch}")):
                 doing("learning", steps, how.epochs * each)
                 found = self._gradients(made, minibatch)
                 if how.stop is not None and found["ppo/kl"] > how.stop:
@@ -247,7 +247,7 @@ class Ppo:
                     self.critic.forget()
                     return metrics | {"ppo/stopped": 1.0, "ppo/steps": steps}
                 if demonstrations and how.replay:
-                    found["replay/loss"] = self._replay(demonstrations)
+                    found["replay/loss"] = self._replay(demonstrations[k::each] or demonstrations)
                 steps += 1
                 if self.updates < how.warmup:
                     self.policy.forget()

@@ -233,7 +233,8 @@ def from_row(kind: type[R], row: Mapping[str, Any]) -> R:
 
 
 def _told(error: ValidationError) -> str:
-    return "; ".join(f"{'.'.join(map(str, one['loc'])) or 'line'}: {one['msg']}" for one in error.errors())
+    told = ((".".join(map(str, one["loc"])), one["msg"]) for one in error.errors())
+    return "; ".join(f"{where}: {why}" if where else why.removeprefix("Value error, ") for where, why in told)
 
 
 # --- conversations as files have them

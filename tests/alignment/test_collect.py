@@ -313,7 +313,7 @@ SAID = '[{"role": "assistant", "content": "Hello"}]'
     ("kind", "line", "reason"),
     [
         (Demonstration, "{", "no JSON: "),
-        (Demonstration, "[]", "line: "),
+        (Demonstration, "[]", "Input should be a dictionary"),
         (Demonstration, "{}", "messages: Field required"),
         (Demonstration, '{"messages": []}', "must end with what the assistant said"),
         (Demonstration, '{"messages": [{"role": "user", "content": "Hi"}]}', "must end with what the assistant said"),

@@ -76,15 +76,14 @@ lr = 5e-5
 prompts = ["../prompts.jsonl"]
 critic = "../reward/release"
 held_out = "../judge/release"
-demonstrations = ["../demonstrations.jsonl"]
 max_prompt = 128
 shown = 24
-often = 20
-critic_lr = 1e-4
+often = 24
+critic_lr = 2e-4
 [lora]
 rank = 16
 [optimiser]
-lr = 5e-5
+lr = 2e-4
 warmup = 0.0
 [[rewards]]
 name = "harmless"
@@ -94,8 +93,7 @@ path = "../reward/release"
 prompts = 24
 limit = 48
 minibatches = 4
-warmup = 2
-replay = 0.05
+warmup = 1
 missing_end = 0.3
 [ppo.kl]
 coefficient = 0.05
@@ -244,7 +242,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where the runs are")
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint's folder")
     parser.add_argument("--precision", default="bfloat16")
-    parser.add_argument("--updates", type=int, default=40, help="of PPO")
+    parser.add_argument("--updates", type=int, default=24, help="of PPO")
     parser.add_argument("--until", choices=RECIPES, default="ppo", help="the last step")
     parser.add_argument("--write", action="store_true", help="put the figures into docs/learning.md")
     how = parser.parse_args()

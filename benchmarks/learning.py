@@ -182,7 +182,7 @@ def figures(folder: Path, sizes: Mapping[str, int], asked: str) -> str:
         ("SFT: perplexity of held-out replies", f"{perplexity[0]:.1f} before, {perplexity[-1]:.1f} after"),
         ("reward model: accuracy on held-out pairs", _interval(reward["accuracy"], 1)),
         ("... of replies of like length", _interval(reward["length_matched"]["accuracy"], 1)),
-        ("... calibration error (ECE), temperature", _calibration(reward)),
+        ("... calibration error (ECE), temperature", _calibration(_json(folder / "reward" / "calibration.json"))),
         ("judge (other pairs, other seed): accuracy", _interval(judge["accuracy"], 1)),
         ("PPO: reward on held-out prompts, before", _interval(found["harmless/before"], 1)),
         ("... after", _interval(found["harmless/after"], 1)),
@@ -193,7 +193,7 @@ def figures(folder: Path, sizes: Mapping[str, int], asked: str) -> str:
         ("KL from the reference, nats a reply", f"{ppo[-1]['kl/reply']:.2f} (bound 25)"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    every = [row for row in ppo if row["step"] == 1 or row["step"] % 5 == 0]
+    every = [row for row in ppo if row["step"] in (1, ppo[-1]["step"]) or row["step"] % 5 == 0]
     curve = "\n".join(
         f"| {row['step']} | {row['rewards/harmless']:.2f} | {row['signs/held_out']:.2f} | {row['kl/reply']:.2f} "
         f"| {row['reply/tokens']:.0f} | {row['value/explained']:.2f} |"
@@ -224,8 +224,8 @@ def _interval(one: Json, digits: int) -> str:
     )
 
 
-def _calibration(reward: Json) -> str:
-    return f"{reward['calibration']['ece']:.3f}, {reward['calibration']['temperature']:.2f}"
+def _calibration(found: Json) -> str:
+    return f"{found['ece']:.3f}, {found['temperature']:.2f}"
 
 
 def put(section: str) -> None:

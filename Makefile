@@ -28,7 +28,7 @@ lint: .venv/.dev ## style, types, the direction of imports, the Dockerfile
 	$(BIN)/hadolint Dockerfile
 
 bench: .venv/.dev ## every benchmark prints its table
-	@for file in $(filter-out benchmarks/learning.py,$(wildcard benchmarks/*.py)); do \
+	@for file in $(filter-out benchmarks/learning.py benchmarks/trainers.py,$(wildcard benchmarks/*.py)); do \
 	    echo "== $$file"; $(BIN)/python -m "benchmarks.$$(basename "$$file" .py)" || exit 1; done
 
 faults: .venv/.dev ## every fault is caused for real; the table goes to docs/faults.md

@@ -264,7 +264,8 @@ class Run:
             raise RunError(f"{folder} holds a run of another recipe ({kept}); give this one a folder of its own")
         watchers: list[Watcher] = []
         if parallel.leads:
-            kept.write_text(recipe)
+            if not (kept.is_file() and kept.read_text() == recipe):  # the others may be reading it
+                kept.write_text(recipe)
             watchers = [*([Trackers(tracked, tell)] if tracked else []), progress.watcher() or Lines(tell)]
         parallel.wait()
         return cls(folder, updates, parallel, tell, every, watchers)

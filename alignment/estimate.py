@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from alignment import dataset
 from alignment.lora import LoraShape
-from alignment.losses import CHUNK
+from alignment.losses import chunk
 from alignment.material import Material
 from alignment.records import Demonstration, PreferencePair, Rating
 from alignment.tokens import Row, Template, schedule, shared
@@ -169,7 +169,7 @@ def of(method: str, how: Any, rows: Sequence[int], speed: Speed | None = None, p
         gradients=trained_here * BYTES,
         optimiser=2 * trained_here * BYTES,
         activations=kept + found.widest * found.longest * (number + 1),  # the mask of rows beside each other
-        logits=_logits(shape, min(found.widest, CHUNK), found.whole > 0),
+        logits=_logits(shape, min(found.widest, chunk(_device(how.device))), found.whole > 0),
         cache=found.replies * found.longest * shape.layers * 2 * shape.key_heads * shape.head * number,
         seconds=seconds,
         processes=parts,
@@ -293,9 +293,13 @@ def _logits(shape: Shape, tokens: int, full: bool) -> float:
     return 3 * tokens * shape.vocabulary * BYTES + (2 * head if full else 0)
 
 
+def _device(name: str) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def measured(device: str = "", precision: str = "float32", seconds: float = 0.3) -> Speed:
     """How fast this machine multiplies matrices: the best of some products in so many seconds, for each shape."""
-    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    where = _device(device)
     dtype = torch.float32 if precision == "float32" else torch.bfloat16
 
     def speed(rows: int, width: int, columns: int) -> float:

@@ -15,13 +15,20 @@ from torch.nn import functional as F
 
 CHUNK = 1024
 """Tokens whose logits exist at the same time: 200 MB in float32 for a vocabulary of 49,152."""
+CACHED = 64
+"""As many on a CPU: their logits stay in its cache, which saves two fifths of the time in bfloat16."""
 
 
 # --- log-probabilities
 
 
+def chunk(device: torch.device) -> int:
+    """Tokens whose logits exist at the same time."""
+    return CACHED if device.type == "cpu" else CHUNK
+
+
 class _ChunkedLogprobs(torch.autograd.Function):
-    """log p of the targets, and the entropy, from hidden states, with logits of only CHUNK tokens at a time.
+    """log p of the targets, and the entropy, from hidden states, with logits of only `chunk` tokens at a time.
 
     The backward pass computes them again: d log p[t] / d logits = onehot - softmax. In float32 whatever the model is
     in: log-softmax in bfloat16 is off by more than what a policy changes in one step.
@@ -31,8 +38,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         logprobs = hidden.new_empty(len(hidden), dtype=torch.promote_types(hidden.dtype, torch.float32))
         entropy = torch.empty_like(logprobs)
-        for at in range(0, len(hidden), CHUNK):
-            some = slice(at, at + CHUNK)
+        size = chunk(hidden.device)
+        for at in range(0, len(hidden), size):
+            some = slice(at, at + size)
             scores = torch.log_softmax(_logits(hidden[some], weight, temperature), -1)
             logprobs[some] = scores.gather(-1, targets[some, None])[:, 0]
             entropy[some] = -(scores.exp() * scores).sum(-1)
@@ -50,8 +58,9 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if ctx.needs_input_grad[1]
             else None
         )
-        for at in range(0, len(hidden), CHUNK):
-            some = slice(at, at + CHUNK)
+        size = chunk(hidden.device)
+        for at in range(0, len(hidden), size):
+            some = slice(at, at + size)
             change = torch.softmax(_logits(hidden[some], weight, ctx.temperature), -1).neg_()
             change.scatter_add_(-1, targets[some, None], torch.ones_like(change[:, :1]))
             change *= grad[some, None] / ctx.temperature

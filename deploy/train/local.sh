@@ -11,4 +11,5 @@ PATH="$(cd "$here/../.." && pwd)/.venv/bin:$PATH" # what `make` has set up, if i
 processes=${PROCESSES:-2}
 cores=$(($(nproc) / processes))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 1 ? cores : 1))}" # threads that wait for each other cost most
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a restart would read the addresses of processes that have died
 exec torchrun --standalone --nproc-per-node "$processes" --max-restarts "${RESTARTS:-0}" --no-python newel train "$@"

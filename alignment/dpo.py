@@ -92,8 +92,8 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     def measure() -> Mapping[str, float]:
         return evaluate(model, held_out, references[id(held_out)], how, others) if held_out else {}
 
-    fit(run, optimiser, updates, forward, measure, how.often)
-    results, whole = measure(), model.gathered(parallel.leads)
+    results = fit(run, optimiser, updates, forward, measure, how.often) or measure()
+    whole = model.gathered(parallel.leads)
     run.end(results)
     if parallel.leads:
         (how.output / "evaluation.json").write_text(json.dumps(results, indent=2) + "\n")

@@ -14,7 +14,7 @@ from torch import Tensor
 from alignment.loop import Parallel
 from alignment.model import Model
 from alignment.monitor import Bounds, Monitor, signs_of
-from alignment.reward import RewardModel
+from alignment.reward_model import RewardModel
 from alignment.rewards import Lagrange, Mixed, Reward, Said, Source, built
 from alignment.rollout import Engine, Reply
 from guardrails.types import Message

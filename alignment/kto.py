@@ -115,8 +115,8 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     def measure() -> Mapping[str, float]:
         return evaluate(model, held_out, how.beta, weights, how.tokens) if held_out else {}
 
-    fit(run, optimiser, updates, forward, measure, how.often)
-    results, whole = measure(), model.gathered(parallel.leads)
+    results = fit(run, optimiser, updates, forward, measure, how.often) or measure()
+    whole = model.gathered(parallel.leads)
     run.end(results)
     if parallel.leads:
         release.write(

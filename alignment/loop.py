@@ -386,14 +386,17 @@ def fit(
     forward: Callable[[T], Part],
     evaluate: Callable[[], Mapping[str, float]] | None = None,
     often: int = 0,
-) -> None:
+) -> Mapping[str, float]:
     """Changes the weights by all updates, from the last checkpoint on; metrics are means over whole updates.
+
+    Returns what was measured after the last one, nothing where no update was left to make.
 
     updates: of each its parts, which are shared out among the processes. evaluate: measures on held-out rows, before
     the first update, after every `often`, and after the last. Raises Diverged.
     """
     if state := run.resume():
         optimiser.restore(state)
+    last: Mapping[str, float] = {}
     while run.step < len(updates):
         began, found = time.perf_counter(), dict[str, float]()
         if evaluate and (run.step == 0 or (often and run.step % often == 0)):
@@ -416,8 +419,10 @@ def fit(
         found |= {"grad": norm, "lr": lr, "count": count, "per_second": count / (time.perf_counter() - began)}
         if evaluate and run.step + 1 == len(updates):
             doing("measuring")
-            found |= evaluate()
+            last = evaluate()
+            found |= last
         run.record(found, optimiser.state)
+    return last
 
 
 def _summed(sums: dict[str, float], parallel: Parallel) -> dict[str, float]:

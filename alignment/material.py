@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from alignment.dataset import Dataset, Overlap, overlap
 from alignment.dataset import read as read_file
+from alignment.progress import Tell
 from alignment.records import BadRecords, R, Split
 from alignment.tokens import TemplateError
 
@@ -21,7 +22,6 @@ NAME = "data.json"
 LISTED = 20
 """Lines that are listed of an overlap, or of what is too long."""
 T = TypeVar("T")
-Tell = Callable[[str], object]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from alignment.lora import LoraShape
 from alignment.model import Model, ModelError
-from alignment.reward import MANIFEST, RewardModel
+from alignment.reward_model import MANIFEST, RewardModel
 from alignment.tokens import Batch
 
 POLICY, CRITIC, VALUE = "policy", "critic", "value"

@@ -78,8 +78,8 @@ def train(how: Recipe, tell: Tell = print) -> Path:
     def measure() -> Mapping[str, float]:
         return evaluate(model, adapter, held_out, how.tokens) if held_out else {}
 
-    fit(run, optimiser, updates, forward, measure, how.often)
-    results, whole = measure(), model.gathered(parallel.leads)
+    results = fit(run, optimiser, updates, forward, measure, how.often) or measure()
+    whole = model.gathered(parallel.leads)
     run.end(results)
     if parallel.leads:
         provenance = release.Provenance("sft", str(how.model), recipes.dump(how), learnt.fingerprints, results)

@@ -26,11 +26,10 @@ File = Annotated[Path | None, typer.Argument(metavar="[RECIPE]", help="A TOML fi
 Changes = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="What the recipe says otherwise: optimiser.lr=1e-5")
 ]
+Dry = Annotated[bool, typer.Option("--dry-run", help="Checks recipe and data, tells memory and time, and ends.")]
 BEFORE = "stopped before the first update; the same command starts it again"
 APART = 5.0
 """Seconds that the leading process has to tell an error, and to end the others, before one of these tells its own."""
-
-Dry = Annotated[bool, typer.Option("--dry-run", help="Checks recipe and data, tells memory and time, and ends.")]
 
 
 @app.command()

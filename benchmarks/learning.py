@@ -14,16 +14,18 @@ import argparse
 import gzip
 import hashlib
 import json
-import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from alignment import dataset
+from alignment.records import BadRecords, Demonstration, PreferencePair, Prompt, Row, to_json
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "learning.md"
-SPEAKER = re.compile(r"\n\n(Human|Assistant): ?")
 BEGIN, END = "<!-- begin: benchmarks.learning -->", "<!-- end: benchmarks.learning -->"
 Json = dict[str, Any]
 
@@ -56,22 +58,6 @@ alpha = 16.0
 [optimiser]
 lr = 5e-5
 """,
-    "judge": """
-data = ["../second.jsonl", "../measured.jsonl"]
-objectives = ["harmless"]
-pooling = "both"
-members = 1
-epochs = 0
-rows = 16
-max_length = 512
-often = 0
-seed = 1
-[lora]
-rank = 8
-alpha = 16.0
-[optimiser]
-lr = 5e-5
-""",
     "ppo": """
 prompts = ["../prompts.jsonl"]
 critic = "../reward/release"
@@ -94,7 +80,7 @@ prompts = 24
 limit = 48
 minibatches = 4
 warmup = 1
-missing_end = 0.3
+missing_end = 2.0
 [ppo.kl]
 coefficient = 0.05
 [bounds]
@@ -106,64 +92,58 @@ kl = 25.0
 # --- data
 
 
-def pairs(path: Path) -> Iterator[Json]:
-    """The pairs in a file of hh-rlhf, in TRL's format; those with an empty or the same reply are left out."""
-    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as lines:
-        for line in lines:
-            row = json.loads(line)
-            chosen, rejected = (_turns(row[name]) for name in ("chosen", "rejected"))
-            replies = [
-                one[-1] for one in (chosen, rejected) if [turn["role"] for turn in one[-2:]] == ["user", "assistant"]
-            ]
-            if len(replies) == 2 and all(one["content"] for one in replies) and replies[0] != replies[1]:
-                yield {"prompt": chosen[:-1], "chosen": replies[:1], "rejected": replies[1:], "slice": "harmless"}
+def pairs(source: Path, folder: Path) -> Sequence[PreferencePair]:
+    """The pairs of single replies that differ in a file of hh-rlhf; what cannot be read, as empty ones, is left out."""
+    with gzip.open(source, "rt") if source.suffix == ".gz" else source.open() as file:
+        lines = file.readlines()
+    copy = folder / "whole.jsonl"
+    copy.write_text("".join(lines))
+    try:
+        found = dataset.read(copy, PreferencePair)
+    except BadRecords as bad:
+        copy.write_text("".join(line for number, line in enumerate(lines, 1) if number not in bad.lines))
+        found = dataset.read(copy, PreferencePair)
+    return [one for one in found.records if len(one.chosen) == len(one.rejected) == 1 and one.chosen != one.rejected]
 
 
-def _turns(text: str) -> list[dict[str, str]]:
-    _, *parts = SPEAKER.split(text)
-    roles = ("user" if who == "Human" else "assistant" for who in parts[::2])
-    return [{"role": role, "content": said.strip()} for role, said in zip(roles, parts[1::2], strict=True)]
-
-
-def _set(pair: Json) -> str:
+def _set(pair: PreferencePair) -> str:
     """Which of the sets a conversation belongs to: 40 % each to learn from, 20 % measure."""
-    first = hashlib.sha256(pair["prompt"][0]["content"].lower().encode()).digest()[0]
+    first = hashlib.sha256(pair.prompt[0].content.lower().encode()).digest()[0]
     return "first" if first < 102 else "second" if first < 205 else "measured"
 
 
 def deal(source: Path, folder: Path) -> Mapping[str, int]:
     """Writes the files of the steps; returns how many pairs each set has."""
-    sets: dict[str, list[Json]] = {"first": [], "second": [], "measured": []}
-    for pair in pairs(source):
+    sets: dict[str, list[PreferencePair]] = {"first": [], "second": [], "measured": []}
+    for pair in pairs(source, folder):
         name = _set(pair)
-        sets[name].append(pair | {"split": "test" if name == "measured" else "train"})
-    for name, rows in sets.items():
-        _write(folder / f"{name}.jsonl", rows)
+        sets[name].append(replace(pair, slice="harmless", split="test" if name == "measured" else "train"))
+    for name, some in sets.items():
+        _write(folder / f"{name}.jsonl", some)
     learnt, measured = [*sets["first"], *sets["second"]], sets["measured"]
     told = [
-        {"messages": [*one["prompt"], *one["chosen"]], "split": one["split"]}
-        for one in (*sets["first"], *measured[:100])
+        Demonstration(messages=(*one.prompt, *one.chosen), split=one.split) for one in (*sets["first"], *measured[:100])
     ]
     _write(folder / "demonstrations.jsonl", told)
-    _write(folder / "prompts.jsonl", [{"prompt": one["prompt"], "split": one["split"]} for one in (*learnt, *measured)])
-    return {name: len(rows) for name, rows in sets.items()}
+    _write(folder / "prompts.jsonl", [Prompt(prompt=one.prompt, split=one.split) for one in (*learnt, *measured)])
+    return {name: len(some) for name, some in sets.items()}
 
 
-def _write(path: Path, rows: list[Json]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+def _write(path: Path, records: Sequence[Row]) -> None:
+    path.write_text("".join(f"{to_json(one)}\n" for one in records))
 
 
 # --- steps
 
 
-def step(name: str, method: str, model: Path, folder: Path, changes: list[str]) -> None:
-    """Trains one model, unless its release is there."""
+def step(name: str, method: str, model: Path, folder: Path, changes: Sequence[str]) -> None:
+    """Trains one model by the method's recipe, unless its release is there."""
     if (folder / name / "release").is_dir():
         return
     where = folder / name
     where.mkdir(exist_ok=True)
     recipe = where / "asked.toml"
-    recipe.write_text(f'model = "{model}"\noutput = "."\n{RECIPES[name]}')
+    recipe.write_text(f'model = "{model}"\noutput = "."\n{RECIPES[method]}')
     print(f"== {name}", file=sys.stderr, flush=True)
     subprocess.run(
         [str(Path(sys.executable).with_name("newel")), "train", method, str(recipe), *changes], cwd=ROOT, check=True
@@ -180,16 +160,16 @@ def figures(folder: Path, sizes: Mapping[str, int], asked: str) -> str:
     perplexity = [row["test/perplexity"] for row in sft if "test/perplexity" in row]
     rows = [
         ("SFT: perplexity of held-out replies", f"{perplexity[0]:.1f} before, {perplexity[-1]:.1f} after"),
-        ("reward model: accuracy on held-out pairs", _interval(reward["accuracy"], 1)),
-        ("... of replies of like length", _interval(reward["length_matched"]["accuracy"], 1)),
+        ("reward model: accuracy on held-out pairs", _interval(reward["accuracy"])),
+        ("... of replies of like length", _interval(reward["length_matched"]["accuracy"])),
         ("... calibration error (ECE), temperature", _calibration(_json(folder / "reward" / "calibration.json"))),
-        ("judge (other pairs, other seed): accuracy", _interval(judge["accuracy"], 1)),
-        ("PPO: reward on held-out prompts, before", _interval(found["harmless/before"], 1)),
-        ("... after", _interval(found["harmless/after"], 1)),
-        ("... share of prompts with the better reward", _interval(found["harmless/wins"], 1)),
-        ("**judge's score, before**", _interval(found["held-out/before"], 1)),
-        ("**... after**", _interval(found["held-out/after"], 1)),
-        ("**win rate by the judge**", _interval(found["held-out/wins"], 1)),
+        ("judge (other pairs, other seed): accuracy", _interval(judge["accuracy"])),
+        ("PPO: reward on held-out prompts, before", _interval(found["harmless/before"])),
+        ("... after", _interval(found["harmless/after"])),
+        ("... share of prompts with the better reward", _interval(found["harmless/wins"])),
+        ("**judge's score, before**", _interval(found["held-out/before"])),
+        ("**... after**", _interval(found["held-out/after"])),
+        ("**win rate by the judge**", _interval(found["held-out/wins"])),
         ("KL from the reference, nats a reply", f"{ppo[-1]['kl/reply']:.2f} (bound 25)"),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -218,10 +198,8 @@ def _metrics(folder: Path) -> list[Json]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def _interval(one: Json, digits: int) -> str:
-    return (
-        f"{one['value']:.{digits + 2}f} ({one['low']:.{digits + 2}f} to {one['high']:.{digits + 2}f}, n = {one['n']})"
-    )
+def _interval(one: Json) -> str:
+    return f"{one['value']:.3f} ({one['low']:.3f} to {one['high']:.3f}, n = {one['n']})"
 
 
 def _calibration(found: Json) -> str:
@@ -243,7 +221,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="a checkpoint's folder")
     parser.add_argument("--precision", default="bfloat16")
     parser.add_argument("--updates", type=int, default=24, help="of PPO")
-    parser.add_argument("--until", choices=RECIPES, default="ppo", help="the last step")
+    parser.add_argument("--until", choices=("sft", "reward", "judge", "ppo"), default="ppo", help="the last step")
     parser.add_argument("--write", action="store_true", help="put the figures into docs/learning.md")
     how = parser.parse_args()
     folder = how.folder.resolve()
@@ -251,8 +229,9 @@ def main() -> None:
     sizes, common = deal(how.pairs, folder), [f"precision={how.precision}"]
     print(sizes, file=sys.stderr)
     tuned = folder / "sft" / "release"
+    judge = [f'data=["{folder}/second.jsonl", "{folder}/measured.jsonl"]', "epochs=0", "seed=1"]
     for name, method, model, changes in (
-        ("sft", "sft", how.model.resolve(), []), ("reward", "reward", tuned, []), ("judge", "reward", tuned, []),
+        ("sft", "sft", how.model.resolve(), []), ("reward", "reward", tuned, []), ("judge", "reward", tuned, judge),
         ("ppo", "ppo", tuned, [f"updates={how.updates}"]),
     ):  # fmt: skip
         step(name, method, model, folder, [*common, *changes])

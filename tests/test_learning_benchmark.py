@@ -20,14 +20,11 @@ def test_pairs_with_an_empty_or_the_same_reply_or_no_question_are_left_out(tmp_p
     )
     lines = [line("One?", "yes", "no"), line("Two?", "", "no"), line("Three?", "no", "no"), broken]
     path.write_text("\n".join(lines) + "\n")
-    assert list(learning.pairs(path)) == [
-        {
-            "prompt": [{"role": "user", "content": "One?"}],
-            "chosen": [{"role": "assistant", "content": "yes"}],
-            "rejected": [{"role": "assistant", "content": "no"}],
-            "slice": "harmless",
-        }
+    found = [
+        tuple(said.content for said in (*one.prompt, *one.chosen, *one.rejected))
+        for one in learning.pairs(path, tmp_path)
     ]
+    assert found == [("One?", "yes", "no")]
 
 
 def test_no_conversation_is_in_two_sets_and_only_the_measured_ones_are_held_out(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from alignment.losses import preference_loss
 from alignment.model import Model
 from alignment.ppo import Kl, Ppo, Settings
 from alignment.records import Demonstration, PreferencePair
+from alignment.reward_model import RewardModel, paired
 from alignment.roles import POLICY, Apart
 from alignment.rollout import Local, Reply
 from alignment.tokens import schedule
@@ -83,7 +84,7 @@ def score(how: Json, model: Model) -> Any:
     """A rule where tokens are wanted, else a reward model, which has learnt nothing: it takes as long as any other."""
     worth = torch.zeros(model.base.config.vocab_size)
     worth[how["wanted"]] = how["scale"]
-    judge = None if how["wanted"] else reward.RewardModel.new(model, 1, ["reward"], SHAPE, how["seed"])
+    judge = None if how["wanted"] else RewardModel.new(model, 1, ["reward"], SHAPE, how["seed"])
 
     def found(replies: Sequence[Reply]) -> Tensor:
         if judge:
@@ -127,13 +128,10 @@ def judging(how: Json) -> Json:
         rows=how["batch"], centring=0.0, seed=how["seed"],
     )  # fmt: skip
     train, test = (
-        [
-            reward.paired(model, one, recipe.objectives)
-            for one in dataset.read(Path(how[split]), PreferencePair, told).records
-        ]
+        [paired(model, one, recipe.objectives) for one in dataset.read(Path(how[split]), PreferencePair, told).records]
         for split in ("train", "test")
     )
-    made = reward.RewardModel.new(model, 1, recipe.objectives, SHAPE, how["seed"], tokens=recipe.tokens)
+    made = RewardModel.new(model, 1, recipe.objectives, SHAPE, how["seed"], tokens=recipe.tokens)
     updates = reward.scheduled(train, recipe)
     parameters = made.parameters(made.members[0])
     optimiser = Optimiser(parameters, Adam(how["lr"], warmup=0.0), len(updates), Parallel("cpu"))

@@ -22,6 +22,7 @@ from alignment import recipe as recipes
 from alignment.loop import STATE, Adam, Parallel
 from alignment.lora import LoraShape
 from alignment.model import Model, ModelError
+from alignment.reward_model import RewardModel
 from alignment.rewards import Source
 from tests.alignment import tiny
 
@@ -67,7 +68,7 @@ def written(folder: Path) -> dict[str, Any]:
         return kind(**{**given, **more})
 
     critic = folder / "judge"
-    made = reward.RewardModel.new(Model.load(folder / "base"), 2, ["helpful"], SHAPE, seed=1)
+    made = RewardModel.new(Model.load(folder / "base"), 2, ["helpful"], SHAPE, seed=1)
     made.save(critic)
     rewards = (
         Source(name="early", kind="python", function=f"{__name__}:early_letters"),

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment import ppo, reward
+from alignment import ppo
 from alignment.judging import Interval
 from alignment.loop import STATE, Adam
 from alignment.lora import LoraShape
 from alignment.model import Model, ModelError
 from alignment.monitor import Bounds, Hacked
-from alignment.reward import RewardModel
+from alignment.reward_model import MANIFEST, RewardModel
 from alignment.rewards import Said, Source
 from tests.alignment import tiny
 
@@ -108,7 +108,7 @@ def test_a_reward_model_of_the_same_base_is_a_reward_and_the_critics_beginning(h
     other.tokenizer.save_pretrained(tmp_path / "other")
     with pytest.raises(ModelError):
         ppo.train(replace(how, model=tmp_path / "other", rewards=(source,), output=tmp_path / "no"), lambda line: None)
-    assert reward.MANIFEST in {one.name for one in (tmp_path / "judge").iterdir()}
+    assert MANIFEST in {one.name for one in (tmp_path / "judge").iterdir()}
 
 
 def test_a_policy_that_is_rewarded_for_the_wrong_thing_ends_the_run_with_its_checkpoint(how: ppo.Recipe) -> None:

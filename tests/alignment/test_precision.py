@@ -11,7 +11,7 @@ import torch
 from alignment import release
 from alignment.lora import LoraShape
 from alignment.model import Model, ModelError, Precision
-from alignment.reward import lineage
+from alignment.reward_model import lineage
 from alignment.rollout import Local
 from alignment.tokens import Row, batch
 from guardrails.types import Message

@@ -9,7 +9,8 @@ import torch
 
 from alignment import probe, reward
 from alignment.lora import LoraShape
-from alignment.reward import RewardModel, leads
+from alignment.reward import leads
+from alignment.reward_model import RewardModel, paired
 from tests.alignment import tiny
 from tests.alignment.test_reward import said
 
@@ -63,7 +64,7 @@ def test_members_begin_with_heads_of_their_own_that_know_the_pairs(tmp_path: Pat
     model = tiny.model(0)
     made = RewardModel.new(model, 2, ["helpful"], LoraShape(4, 8.0))
     told = [said(f"Say {i}", f"yes, {i}!", f"no {i} no") for i in range(24)]
-    pairs = [reward.paired(model, one, ["helpful"]) for one in told]
+    pairs = [paired(model, one, ["helpful"]) for one in told]
     how = reward.Recipe(model=tmp_path, data=(), output=tmp_path, members=2)
     reward.begin(made, pairs, how)
     found = leads(made, pairs)

@@ -19,23 +19,18 @@ from alignment.model import Model, ModelError
 from alignment.records import PreferencePair, to_json
 from alignment.reward import (
     Item,
-    Pair,
-    Pooling,
     Recipe,
-    RewardModel,
     Together,
     by_kind,
     by_length,
     judged,
     leads,
-    lineage,
     loss,
-    objective_of,
-    paired,
     scheduled,
     train,
     uncertainty,
 )
+from alignment.reward_model import Pair, Pooling, RewardModel, lineage, objective_of, paired
 from alignment.rollout import Reply
 from alignment.tokens import Row, batch
 from guardrails.types import Message

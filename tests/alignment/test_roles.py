@@ -14,7 +14,7 @@ from alignment.loop import Adam, Parallel
 from alignment.lora import LoraShape
 from alignment.model import Model
 from alignment.ppo import Kl, Ppo, Settings
-from alignment.reward import RewardModel
+from alignment.reward_model import RewardModel
 from alignment.roles import CRITIC, VALUE, Apart, Roles
 from alignment.rollout import Local
 from alignment.tokens import Row, batch

@@ -148,7 +148,15 @@ def number_of(turn: Turn) -> str:
 # --- nothing is left
 
 
-async def test_no_byte_of_a_person_is_left_and_nothing_else_is_missing(store: Store, own_url: str, home: Path) -> None:
+@pytest.fixture
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is spilled is replayed when the test says so: else a slow machine does it before."""
+    monkeypatch.setattr("app.store.store.FIRST_REPLAY", 600.0)
+
+
+async def test_no_byte_of_a_person_is_left_and_nothing_else_is_missing(
+    unhurried: None, store: Store, own_url: str, home: Path
+) -> None:
     kept = await others(store)
     turns = await everywhere(store, home)
     before = set(files(home))
